@@ -1,0 +1,32 @@
+"""Model merging as probabilistic inference: products of Gaussian and Cauchy experts.
+
+from poemerge import merge_checkpoints
+report = merge_checkpoints("base", ["expert-a", "expert-b"], "merged", method="cauchy_poe")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from poemerge.version import VERSION as __version__  # noqa: N811
+
+if TYPE_CHECKING:
+    from poemerge.errors import PoemergeError
+    from poemerge.merge import merge_checkpoints
+    from poemerge.methods import METHODS
+    from poemerge.report import MergeReport
+
+__all__ = ["METHODS", "MergeReport", "PoemergeError", "__version__", "merge_checkpoints"]
+
+_HOME = {
+    "METHODS": "poemerge.methods",
+    "MergeReport": "poemerge.report",
+    "PoemergeError": "poemerge.errors",
+    "merge_checkpoints": "poemerge.merge",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes a second, which `poemerge --help` should not pay."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'poemerge' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,170 @@
+"""A LoRA adapter in PEFT's format, kept in factors: A = scaling · (lora_B · lora_A).
+
+The scaling is alpha / r, or alpha / √r for rslora, with r and alpha from the patterns where one
+fits the module; it is applied once, here.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from poemerge.checkpoint import TensorFiles, read_json
+from poemerge.errors import CheckpointError
+from poemerge.task_vector import LowRank
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# What changes the algebra in a way that two factors do not show.
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "monteclora_config",
+    "kasa_config",
+    "target_parameters",
+    "trainable_token_indices",
+)
+REBASED = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The numbers of `adapter_config.json` that enter the update."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    fan_in_fan_out: bool
+
+    def rank_of(self, module: str) -> int:
+        """R for a module such as `model.layers.0.self_attn.q_proj`."""
+        return int(_match(self.rank_pattern, module, self.rank))
+
+    def scaling_of(self, module: str) -> float:
+        """The factor on lora_B · lora_A."""
+        rank = self.rank_of(module)
+        alpha = _match(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+class Adapter(TensorFiles):
+    """A LoRA adapter folder.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        CheckpointError: it is no LoRA adapter, has DoRA or biases, or its files do not fit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.lora = _parse(folder / CONFIG)
+        if not (folder / WEIGHTS).exists():
+            raise CheckpointError(f"{folder / WEIGHTS} is missing; save the adapter again.")
+        super().__init__(folder, (WEIGHTS,))
+        self.factors = self._pair_factors()
+        self.replaced = self._whole_tensors()
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """(O, R, I) of the update of base tensor `name`, from the headers.
+
+        Raises:
+            CheckpointError: the factors do not multiply, or the config states another rank.
+        """
+        down, up = (self.tensors[key].shape for key in self.factors[name])
+        expected = self.lora.rank_of(name.removesuffix(".weight"))
+        if not (len(up) == len(down) == 2 and up[1] == down[0] == expected):
+            raise CheckpointError(
+                f"{name} in {self.folder / WEIGHTS} has factors {up} and {down}, but {CONFIG} says "
+                f"rank {expected}; save the adapter again."
+            )
+        rows, columns = (down[1], up[0]) if self._transposed(name) else (up[0], down[1])
+        return rows, expected, columns
+
+    def update(self, name: str) -> LowRank:
+        """The update of base tensor `name` in factors, fp32 or better, scaling included."""
+        down, up = (self.read(key).float() for key in self.factors[name])
+        if self._transposed(name):
+            down, up = up.T, down.T
+        return LowRank(up * self.lora.scaling_of(name.removesuffix(".weight")), down)
+
+    def _transposed(self, name: str) -> bool:
+        return "lora_embedding_" in self.factors[name][0] or self.lora.fan_in_fan_out
+
+    def _pair_factors(self) -> dict[str, tuple[str, str]]:
+        """Base tensor → names of its two factors (A, B)."""
+        pairs = {}
+        for key in self.tensors:
+            if found := re.search(r"\.lora_(embedding_)?A(\.weight)?$", key):
+                other = key[: found.start()] + found.group().replace("A", "B")
+                if other not in self.tensors:
+                    raise CheckpointError(f"{key} in {self.folder} has no {other}; save it again.")
+                pairs[_base_name(key[: found.start()] + ".weight")] = (key, other)
+        return dict(sorted(pairs.items()))
+
+    def _whole_tensors(self) -> dict[str, str]:
+        """Base tensor → name of the full replacement (PEFT's modules_to_save)."""
+        used = {key for pair in self.factors.values() for key in pair}
+        rest = [key for key in self.tensors if key not in used]
+        for key in rest:
+            if "lora_" in key:
+                raise CheckpointError(
+                    f"{key} in {self.folder / WEIGHTS} is no plain LoRA factor (DoRA or a bias); "
+                    "merge it into its base with PEFT and give the full checkpoint."
+                )
+        return {_base_name(key).replace(".modules_to_save", ""): key for key in rest}
+
+
+def is_adapter(folder: Path) -> bool:
+    """True if `folder` is a PEFT adapter."""
+    return (folder / CONFIG).exists()
+
+
+def _parse(path: Path) -> LoraConfig:
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} is of type {config.get('peft_type')}; only LORA is merged.")
+    if config.get("bias", "none") != "none":
+        _refuse(path, "bias", config["bias"])
+    for key in UNSUPPORTED:
+        if config.get(key):
+            _refuse(path, key, config[key])
+    if str(config.get("init_lora_weights")).lower().startswith(REBASED):
+        raise CheckpointError(
+            f"{path} was initialised by {config['init_lora_weights']}, which changes the base "
+            "weights; convert it with PEFT's path_initial_model_for_weight_conversion first."
+        )
+    return LoraConfig(
+        rank=int(config.get("r", 0)),
+        alpha=float(config.get("lora_alpha", 0)),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        rslora=bool(config.get("use_rslora")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _refuse(path: Path, key: str, value: object) -> NoReturn:
+    raise CheckpointError(
+        f"{path} has {key}={value!r}, which plain LoRA factors do not express; merge it into its "
+        "base with PEFT and give the full checkpoint."
+    )
+
+
+def _match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """First pattern that fits the end of the module's name, as PEFT matches them."""
+    fits: Iterable[str] = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+    return next((patterns[key] for key in fits), default)
+
+
+def _base_name(key: str) -> str:
+    return key.removeprefix(PREFIX)

@@ -1,0 +1,200 @@
+"""A checkpoint on disk: a folder of safetensors, single or sharded, read tensor by tensor."""
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from poemerge.errors import CheckpointError, SourceError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """False for integer and boolean buffers, which are copied and never merged."""
+        return self.dtype.is_floating_point
+
+
+class TensorFiles:
+    """Named tensors spread over one or more safetensors files of one folder."""
+
+    def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
+        self.folder = folder
+        self._open = ExitStack()
+        self._handles = {file: self._open.enter_context(_open(folder / file)) for file in files}
+        self.tensors = dict(sorted(self._read_headers()))
+
+    def _read_headers(self) -> list[tuple[str, TensorInfo]]:
+        return [
+            (name, _info(self.folder / file, name, handle.get_slice(name)))
+            for file, handle in self._handles.items()
+            for name in handle.keys()  # noqa: SIM118 - a safetensors handle is no dict
+        ]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype, on the CPU."""
+        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Checkpoint(TensorFiles):
+    """A model checkpoint: weights and, where present, its config.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+
+    Raises:
+        SourceError: there is no such folder, or no weights in it.
+        CheckpointError: a file is truncated, corrupt or quantised, or an index leaves the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise SourceError(f"{folder} is not a folder; give a checkpoint or an adapter folder.")
+        self.config = read_json(folder / "config.json")
+        if "quantization_config" in self.config:
+            raise CheckpointError(
+                f"{folder} is quantised (quantization_config in config.json); merge the "
+                "unquantised checkpoint, or a .gguf file, which is dequantised on request."
+            )
+        super().__init__(folder, weight_files(folder))
+        self._check_index()
+
+    @cached_property
+    def index(self) -> Mapping[str, str]:
+        """Tensor name → shard; empty for a single file."""
+        return _weight_map(self.folder / INDEX) if (self.folder / INDEX).exists() else {}
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """True if the config says that the output head is the input embedding."""
+        config = self.config.get("text_config", self.config)
+        return bool(config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the vocabulary matrices as the config states them."""
+        size = self.config.get("text_config", self.config).get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    def _check_index(self) -> None:
+        for name, file in self.index.items():
+            if name not in self.tensors:
+                raise CheckpointError(
+                    f"{self.folder / INDEX} promises {name} in {file}, which does not hold it; "
+                    "fetch the checkpoint again."
+                )
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Names of the safetensors files that make up the checkpoint in `folder`, sorted."""
+    if (folder / INDEX).exists():
+        files = sorted(set(_weight_map(folder / INDEX).values()))
+        for file in files:
+            _check_inside(folder, file)
+        return tuple(files)
+    if (folder / SINGLE).exists():
+        return (SINGLE,)
+    raise SourceError(
+        f"{folder} holds neither {SINGLE} nor {INDEX} nor adapter_config.json; "
+        "`poemerge merge` converts .bin and .gguf files, other formats must be converted first."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is absent.
+
+    Raises:
+        CheckpointError: the file is no JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is unreadable ({error}); fetch it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object; fetch it again.")
+    return value
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(f, str) for f in entries.values()):
+        raise CheckpointError(f"{index} has no weight_map of names to files; fetch it again.")
+    return entries
+
+
+def _check_inside(folder: Path, file: str) -> None:
+    if Path(file).name != file:
+        raise CheckpointError(
+            f"{folder / INDEX} names {file}, which is outside its folder; this index is not to be "
+            "trusted."
+        )
+    if not (folder / file).is_file():
+        raise CheckpointError(f"{folder / file} is missing (named in {INDEX}); fetch it again.")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no intact safetensors file ({error}); fetch it again."
+        ) from error
+
+
+def _info(path: Path, name: str, header: Any) -> TensorInfo:
+    dtype = DTYPES.get(header.get_dtype())
+    if dtype is None or (name.endswith(".weight") and dtype in {torch.int8, torch.uint8}):
+        raise CheckpointError(
+            f"{name} in {path} is stored as {header.get_dtype()}, a quantised format; merge the "
+            "unquantised checkpoint."
+        )
+    return TensorInfo(name, tuple(header.get_shape()), dtype, path.name)

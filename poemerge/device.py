@@ -1,0 +1,40 @@
+"""Devices and stored dtypes by their names."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
+
+from poemerge.errors import SettingError
+
+STORED: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda[:i]`.
+
+    Raises:
+        SettingError: it is none of these, or there is no such GPU.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with suppress(RuntimeError):
+        chosen = torch.device(device)
+        if chosen.type == "cpu":
+            return chosen
+        if chosen.type == "cuda" and (chosen.index or 0) < torch.cuda.device_count():
+            return chosen
+    raise SettingError(
+        f"device is {device!r}; choose auto, cpu or the cuda[:i] of a GPU that is here."
+    )
+
+
+def describe_device(device: torch.device) -> str:
+    """What shapes the bytes of a computation: the GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,21 @@
+"""One exception tree: every message is a sentence that says what, where and what to do."""
+
+
+class PoemergeError(Exception):
+    """Root of everything that poemerge refuses; the command line prints it and exits with 1."""
+
+
+class SourceError(PoemergeError):
+    """A source cannot be found, fetched or trusted (missing folder, wrong hash, refused pickle)."""
+
+
+class CheckpointError(PoemergeError):
+    """A checkpoint or adapter is unreadable, quantised, non-finite or does not fit its base."""
+
+
+class SettingError(PoemergeError):
+    """A method, a setting or a parameter file says something that poemerge does not know."""
+
+
+class NumericalError(PoemergeError):
+    """A solve failed although its inputs were sound."""

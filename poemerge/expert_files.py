@@ -1,0 +1,171 @@
+"""Experts on disk, full checkpoints and LoRA adapters alike, seen as updates of the base."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from poemerge.adapter import Adapter, is_adapter
+from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.errors import CheckpointError
+from poemerge.task_vector import Dense, LowRank, Update
+
+
+class Expert(Protocol):
+    """One expert; names are the base's."""
+
+    name: str
+    folder: Path
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Tensors of the expert that the base does not have."""
+
+    def votes(self, info: TensorInfo) -> bool:
+        """False if the expert lacks this tensor, so that the others decide alone."""
+
+    def rank(self, info: TensorInfo) -> int | None:
+        """Rank of its update in factors, 0 where it leaves the tensor alone, None if dense."""
+
+    def update(self, info: TensorInfo, base: Tensor) -> Update:
+        """A = W - W₀ in fp32 or better, given W₀ in fp32; finite, or CheckpointError."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class FullExpert:
+    """A full fine-tuned checkpoint; a prefix that only one side has in its names is bridged."""
+
+    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
+        self.name, self.folder = name, folder
+        self._checkpoint = Checkpoint(folder)
+        self._names = _align(base.tensors, self._checkpoint.tensors)
+        _require_common(name, folder, base, self._names)
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Tensors that the base does not have."""
+        known = set(self._names.values())
+        return tuple(name for name in self._checkpoint.tensors if name not in known)
+
+    def votes(self, info: TensorInfo) -> bool:
+        """True if the checkpoint holds the tensor; its shape is checked here."""
+        if info.name not in self._names:
+            return False
+        _check_shape(self.name, self._checkpoint.tensors[self._names[info.name]], info)
+        return True
+
+    def rank(self, info: TensorInfo) -> int | None:  # noqa: ARG002
+        """None: a full fine-tune is dense everywhere."""
+        return None
+
+    def update(self, info: TensorInfo, base: Tensor) -> Update:
+        """W - W₀."""
+        weight = self._checkpoint.read(self._names[info.name]).to(base.device).float()
+        check_finite(weight, info.name, f"expert {self.name!r} ({self.folder})")
+        return Dense(weight - base)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._checkpoint.close()
+
+
+class AdapterExpert:
+    """A LoRA adapter; what it does not target it leaves alone, which is a vote for no change."""
+
+    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
+        self.name, self.folder = name, folder
+        self._adapter = Adapter(folder)
+        targets = (*self._adapter.factors, *self._adapter.replaced)
+        _require_common(name, folder, base, {t: t for t in targets if t in base.tensors})
+        self.extra = tuple(sorted(t for t in targets if t not in base.tensors))
+
+    def votes(self, info: TensorInfo) -> bool:  # noqa: ARG002
+        """Always: an untouched tensor is the base's own."""
+        return True
+
+    def rank(self, info: TensorInfo) -> int | None:
+        """Rank of the factors; None for a tensor that the adapter replaces whole."""
+        if info.name in self._adapter.replaced:
+            return None
+        if info.name not in self._adapter.factors:
+            return 0
+        rows, rank, columns = self._adapter.shape(info.name)
+        if (rows, columns) != info.shape:
+            raise CheckpointError(
+                f"{info.name} has shape {(rows, columns)} in adapter {self.name!r} and "
+                f"{info.shape} in the base; it was trained on another base."
+            )
+        return rank
+
+    def update(self, info: TensorInfo, base: Tensor) -> Update:
+        """Scaled factors, a dense difference for replaced tensors, zero for the rest."""
+        where = f"expert {self.name!r} ({self.folder})"
+        if info.name in self._adapter.replaced:
+            weight = self._adapter.read(self._adapter.replaced[info.name]).to(base.device).float()
+            check_finite(weight, info.name, where)
+            return Dense(weight - base)
+        if info.name in self._adapter.factors:
+            factors = self._adapter.update(info.name).to(base.device, torch.float32)
+            check_finite(factors.up, info.name, where)
+            check_finite(factors.down, info.name, where)
+            return factors
+        if len(info.shape) == 2:
+            return LowRank.zero(*info.shape).to(base.device, torch.float32)
+        return Dense(torch.zeros_like(base))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._adapter.close()
+
+
+def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
+    """Open `folder` as an adapter or a full checkpoint that was fine-tuned from `base`.
+
+    Raises:
+        SourceError: there is nothing to open.
+        CheckpointError: it does not fit the base.
+    """
+    kind = AdapterExpert if is_adapter(folder) else FullExpert
+    return kind(name, folder, base)
+
+
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: naming the tensor and whose it is.
+    """
+    if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        raise CheckpointError(
+            f"{name} of {where} holds NaN or infinite values; train or export it again."
+        )
+
+
+def _align(base: Iterable[str], expert: Iterable[str]) -> dict[str, str]:
+    """Base name → expert name, under the prefix that matches most (none if it is as good)."""
+    wanted, found = tuple(base), set(expert)
+    cut = sorted({"", *(name.split(".")[0] + "." for name in (*wanted, *found))})
+    options = [{n: n.removeprefix(p) for n in wanted} for p in cut]
+    options += [{n: p + n for n in wanted} for p in cut]
+    matches = [{n: e for n, e in names.items() if e in found} for names in options]
+    return max(matches, key=len)
+
+
+def _require_common(name: str, folder: Path, base: Checkpoint, names: dict[str, str]) -> None:
+    if not names:
+        raise CheckpointError(
+            f"Expert {name!r} ({folder}) has no tensor in common with the base {base.folder}; give "
+            "an expert that was fine-tuned from this base."
+        )
+
+
+def _check_shape(expert: str, found: TensorInfo, base: TensorInfo) -> None:
+    if found.shape != base.shape:
+        raise CheckpointError(
+            f"{base.name} has shape {found.shape} in expert {expert!r} and {base.shape} in the "
+            "base; bring both to one shape (the same vocabulary, say) before merging."
+        )

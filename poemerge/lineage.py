@@ -1,0 +1,171 @@
+"""What made these bytes: the record `lineage.json` inside every folder that poemerge makes.
+
+The record holds no clock, no host name and no absolute path, so the same work gives the same bytes.
+It also decides what is up to date: a folder is current when its record names the same stage,
+params, inputs and code, and its files still have the recorded hashes.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from poemerge.atomic import new_folder, write_json
+from poemerge.errors import SourceError
+from poemerge.version import VERSION
+
+FORMAT = "poemerge/lineage/1"
+RECORD = "lineage.json"
+PACKAGES = ("torch", "safetensors", "numpy")
+
+
+def digest(value: object) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Relative path → sha256 of every file below `folder`, lineage records left out, sorted."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file; a file that has not been touched since is not read twice."""
+    stat = path.stat()
+    return _sha256(os.fspath(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256(path: str, _inode: int, _size: int, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def code_version() -> tuple[tuple[str, str], ...]:
+    """Version of poemerge and one sha256 over its source files."""
+    package = Path(__file__).parent
+    files = {p.relative_to(package).as_posix(): sha256(p) for p in sorted(package.rglob("*.py"))}
+    return (("poemerge", VERSION), ("sha256", digest(files)))
+
+
+@cache
+def package_versions() -> tuple[tuple[str, str], ...]:
+    """Versions of Python and of the packages that shape the merged bytes."""
+    versions = tuple((name, metadata.version(name)) for name in PACKAGES)
+    return (("python", platform.python_version()), *versions)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a stage.
+
+    Attributes:
+        name: the role it plays (`base`, an expert's name, a task's name).
+        files: relative path → sha256 of every file that was read.
+        uri: where it came from, as the user wrote it.
+        revision: what the URI resolved to, immutable (a commit, a hash); empty if it has none.
+        parent: the lineage record found inside the input itself, so that a chain can be followed.
+    """
+
+    name: str
+    files: Mapping[str, str]
+    uri: str = ""
+    revision: str = ""
+    parent: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, name: str, folder: Path, uri: str = "") -> Self:
+        """Hash `folder` and take over the record that it carries, if any."""
+        record = Lineage.find(folder)
+        if record is None:
+            return cls(name, hash_files(folder), uri)
+        return cls(name, hash_files(folder), uri or record.uri, record.revision, asdict(record))
+
+    @property
+    def digest(self) -> str:
+        """One sha256 for all files: equal digests mean equal bytes under equal names."""
+        return digest(dict(self.files))
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The record of one folder: stage, params, inputs, code, packages, device, outputs."""
+
+    stage: str
+    params: Mapping[str, Any]
+    inputs: tuple[Source, ...] = ()
+    uri: str = ""
+    revision: str = ""
+    device: str = "cpu"
+    code: Mapping[str, str] = field(default_factory=lambda: dict(code_version()))
+    packages: Mapping[str, str] = field(default_factory=lambda: dict(package_versions()))
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    format: str = FORMAT
+
+    @property
+    def key(self) -> str:
+        """What decides whether the work must be done again: stage, params, inputs, code."""
+        inputs = {source.name: source.digest for source in self.inputs}
+        return digest([self.stage, self.params, inputs, self.uri, self.code["sha256"]])
+
+    def is_current(self, folder: Path) -> bool:
+        """True if `folder` holds what this record would make, and its bytes are unchanged."""
+        found = Lineage.find(folder)
+        return (
+            found is not None
+            and found.key == self.key
+            and dict(found.outputs) == hash_files(folder)
+        )
+
+    def write(self, folder: Path) -> None:
+        """Hash what `folder` holds and write the record into it."""
+        write_json(folder / RECORD, asdict(self) | {"outputs": hash_files(folder)})
+
+    @classmethod
+    def find(cls, folder: Path) -> Self | None:
+        """The record inside `folder`, or None where there is none.
+
+        Raises:
+            SourceError: the file is there but is no lineage record.
+        """
+        try:
+            raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            message = f"{folder / RECORD} is unreadable ({error}); delete it to go on without it."
+            raise SourceError(message) from error
+        try:
+            inputs = tuple(Source(**source) for source in raw.pop("inputs"))
+            return cls(inputs=inputs, **raw)
+        except (AttributeError, KeyError, TypeError) as error:
+            message = f"{folder / RECORD} is no lineage record ({error}); delete it to go on."
+            raise SourceError(message) from error
+
+
+def produce(out: Path, record: Lineage, work: Callable[[Path], None]) -> bool:
+    """Do `work` in a fresh folder that becomes `out`, unless `out` is current already.
+
+    Args:
+        out: the folder to make.
+        record: what would be made; written into the folder when the work is done.
+        work: fills the folder that it is given.
+
+    Returns:
+        True if the work was done, False if `out` was up to date.
+    """
+    if record.is_current(out):
+        return False
+    with new_folder(out) as folder:
+        work(folder)
+        record.write(folder)
+    return True

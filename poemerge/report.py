@@ -1,0 +1,104 @@
+"""Reports: what was decided about every tensor, as plain data."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from poemerge.atomic import write_json
+from poemerge.rules import MEANINGS
+
+REPORT = "merge_report.json"
+GROWTH_LIMIT = 5.0
+CONDITION_LIMIT = 1e8
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor.
+
+    Attributes:
+        rule: see rules.py.
+        experts: names of those that voted.
+        norms: ||A_i|| of each voter, ||M|| last; empty for copied tensors.
+        certificate: where a product of experts was solved: steps, converged, energies, weights,
+            residual ||H M - b|| / ||b||, condition of H, and growth ||M|| / max ||A_i||.
+    """
+
+    name: str
+    rule: str
+    shape: tuple[int, ...]
+    dtype: str
+    experts: tuple[str, ...] = ()
+    norms: tuple[float, ...] = ()
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One merge: what was asked, what was done to each tensor, what deserves a look."""
+
+    method: str
+    settings: Mapping[str, Any]
+    experts: tuple[str, ...]
+    device: str
+    dtype: str
+    output: str
+    tensors: tuple[TensorReport, ...]
+    warnings: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write `merge_report.json` into `folder`."""
+        write_json(folder / REPORT, asdict(self))
+
+    @property
+    def rules(self) -> Mapping[str, int]:
+        """How many tensors each rule got."""
+        counts = Counter(tensor.rule for tensor in self.tensors)
+        return {rule: counts[rule] for rule in MEANINGS if counts[rule]}
+
+
+def warn(tensors: tuple[TensorReport, ...], settings: Mapping[str, Any]) -> list[str]:
+    """Sentences on solves that did not settle, or whose answer is not to be trusted blindly."""
+    solved = [tensor for tensor in tensors if tensor.certificate]
+    findings = (
+        _unsettled([t for t in solved if not t.certificate["converged"]], settings),
+        _blown_up([t for t in solved if t.certificate["growth"] > GROWTH_LIMIT]),
+        _ill_conditioned([t for t in solved if t.certificate["condition"] > CONDITION_LIMIT]),
+    )
+    return [finding for finding in findings if finding]
+
+
+def _unsettled(tensors: list[TensorReport], settings: Mapping[str, Any]) -> str:
+    if not tensors:
+        return ""
+    return (
+        f"{tensors[0].name}{_others(tensors)} did not settle in {settings['max_steps']} steps; "
+        "raise `max_steps`, or `ridge` if the experts nearly coincide."
+    )
+
+
+def _blown_up(tensors: list[TensorReport]) -> str:
+    if not tensors:
+        return ""
+    worst = max(tensors, key=lambda tensor: tensor.certificate["growth"])
+    return (
+        f"{worst.name}{_others(tensors)} grew to {worst.certificate['growth']:.1f} times the "
+        "largest expert's norm, which nearly collinear experts cause; raise `ridge` or lower "
+        "`strength`."
+    )
+
+
+def _ill_conditioned(tensors: list[TensorReport]) -> str:
+    if not tensors:
+        return ""
+    worst = max(tensors, key=lambda tensor: tensor.certificate["condition"])
+    return (
+        f"{worst.name}{_others(tensors)} has a system of condition "
+        f"{worst.certificate['condition']:.0e}, so that its digits are noise; raise `ridge`."
+    )
+
+
+def _others(tensors: list[TensorReport]) -> str:
+    return f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""

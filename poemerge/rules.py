@@ -1,0 +1,67 @@
+"""Which tensor gets which rule. No architecture is known: shapes, dtypes and config decide."""
+
+import re
+from collections.abc import Mapping
+
+from poemerge.checkpoint import Checkpoint, TensorInfo
+
+MATRIX = "matrix"  # solved by a structured method
+VOCABULARY = "vocabulary"  # solved on the feature side: tokens × tokens would not fit
+AVERAGE = "average"  # vectors, and more than two axes, under a structured method
+FORMULA = "formula"  # an elementwise method's own formula
+COPY = "copy"  # the base's bytes: integer buffers, and what no expert touches
+TIED = "tied"  # not stored: the config says it is the input embedding
+
+MEANINGS: Mapping[str, str] = {
+    MATRIX: "solved as a matrix",
+    VOCABULARY: "solved on the feature side",
+    AVERAGE: "averaged",
+    FORMULA: "merged entry by entry",
+    COPY: "copied from the base",
+    TIED: "tied to the input embedding, not stored",
+}
+
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|lm_head|embed_out)\.weight$"
+)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
+
+def rule_for(info: TensorInfo, base: Checkpoint, *, structured: bool, touched: bool) -> str:
+    """The rule for one tensor.
+
+    Args:
+        info: its header.
+        base: its checkpoint.
+        structured: True if the method treats matrices as matrices.
+        touched: False if every expert leaves it alone.
+    """
+    if is_tied_head(info, base):
+        return TIED
+    if not touched or not info.is_float:
+        return COPY
+    if not structured:
+        return FORMULA
+    if len(info.shape) != 2:
+        return AVERAGE
+    return VOCABULARY if is_vocabulary(info, base) else MATRIX
+
+
+def is_vocabulary(info: TensorInfo, base: Checkpoint) -> bool:
+    """True for an embedding or output head: one row a token."""
+    if len(info.shape) != 2:
+        return False
+    return info.shape[0] == base.vocabulary or bool(_VOCABULARY.search(info.name))
+
+
+def is_head(name: str) -> bool:
+    """True for the name of an output head."""
+    return bool(_HEAD.search(name))
+
+
+def is_tied_head(info: TensorInfo, base: Checkpoint) -> bool:
+    """True for a stored output head that the config ties to the input embedding."""
+    if not (base.ties_embeddings and is_head(info.name)):
+        return False
+    others = (other for other in base.tensors.values() if not is_head(other.name))
+    return any(other.shape == info.shape and is_vocabulary(other, base) for other in others)

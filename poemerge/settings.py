@@ -1,0 +1,122 @@
+"""Settings of a method: a frozen dataclass whose fields carry their meaning, range and choices."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from poemerge.errors import SettingError
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: value where none is given.
+        meaning: what it does, its unit and when it matters; shown by `poemerge methods`.
+        low: smallest value allowed.
+        high: largest value allowed.
+        choices: the words allowed, for a word.
+    """
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    if isinstance(default, Mapping):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that every method has."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    strength: float = setting(
+        1.0, "factor on the merged update before it is added to the base", low=0.0
+    )
+    weights: Mapping[str, float] = setting(
+        {}, "say of an expert, by its name; 1 where it is not named"
+    )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        """Check `given` against the fields.
+
+        Raises:
+            SettingError: an unknown name, a wrong type, or a value out of range.
+        """
+        known = {f.name: f for f in fields(cls)}
+        for name in given:
+            if name not in known:
+                raise SettingError(
+                    f"Unknown setting {name!r}{nearest(name, known)}; it takes {', '.join(known)}."
+                )
+        preset = str(given.get("preset") or "")
+        merged = {**cls.presets.get(preset, {}), **given}
+        return cls(**{name: _checked(known[name], value) for name, value in merged.items()})
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, Any, str]]:
+        """(name, default, meaning) of every setting, in order."""
+        return [(f.name, default_of(f), _meaning(f)) for f in fields(cls)]
+
+
+def default_of(field_: Field[Any]) -> Any:
+    """Default value of a dataclass field."""
+    factory = field_.default_factory
+    return field_.default if factory is MISSING else factory()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`-like hint, or nothing where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _meaning(field_: Field[Any]) -> str:
+    choices = field_.metadata["choices"]
+    return field_.metadata["meaning"] + (f": {' | '.join(choices)}" if choices else "")
+
+
+def _checked(field_: Field[Any], value: Any) -> Any:
+    default = default_of(field_)
+    if isinstance(default, Mapping):
+        return _weights(field_.name, value)
+    if isinstance(default, str):
+        return _word(field_, value)
+    return _number(field_, value, whole=isinstance(default, int))
+
+
+def _word(field_: Field[Any], value: Any) -> str:
+    choices = field_.metadata["choices"]
+    if value not in choices:
+        raise SettingError(f"{field_.name} is {value!r}; choose one of {', '.join(choices)}.")
+    return str(value)
+
+
+def _number(field_: Field[Any], value: Any, *, whole: bool) -> float | int:
+    kind = "a whole number" if whole else "a number"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or (whole and value != int(value)):
+        raise SettingError(f"{field_.name} is {value!r}; give {kind}.")
+    low, high = field_.metadata["low"], field_.metadata["high"]
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise SettingError(f"{field_.name} is {value:g}; it must be {bounds}.")
+    return int(value) if whole else float(value)
+
+
+def _weights(name: str, value: Any) -> dict[str, float]:
+    numbers = isinstance(value, Mapping) and all(
+        isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in value.values()
+    )
+    if not numbers:
+        raise SettingError(f"{name} is {value!r}; give a mapping of expert names to numbers ≥ 0.")
+    return {str(expert): float(weight) for expert, weight in value.items()}

@@ -1,0 +1,70 @@
+"""A safetensors file written tensor by tensor, so that no shard is ever held in memory.
+
+The layout is known beforehand (shapes and dtypes are), so the header goes first and each tensor to
+its offset, in any order. Format: 8 bytes header length, JSON header, row-major little endian bytes.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from poemerge.checkpoint import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 8
+
+
+class ShardWriter:
+    """One safetensors file under construction; use as a context.
+
+    Args:
+        path: the file to make; the folder around it is put in place as a whole (atomic.py).
+        layout: tensor name → (shape, dtype).
+    """
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> None:
+        # Wide dtypes first keeps every tensor aligned to its item size.
+        order = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))
+        self._dtypes = {name: layout[name][1] for name in order}
+        self._spans: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in order:
+            shape, dtype = layout[name]
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            self._spans[name] = (start, end)
+        header = _header({n: (layout[n][0], layout[n][1], self._spans[n]) for n in order})
+        self._start = len(header)
+        self._stream = path.open("wb")
+        self._stream.write(header)
+        self._stream.truncate(self._start + end)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor at its place, cast to the dtype of the layout."""
+        data = tensor.detach().to("cpu", self._dtypes[name]).contiguous().flatten()
+        self._stream.seek(self._start + self._spans[name][0])
+        self._stream.write(data.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def _header(
+    entries: Mapping[str, tuple[tuple[int, ...], torch.dtype, tuple[int, int]]],
+) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, (shape, dtype, span) in entries.items():
+        table[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": span}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
