@@ -31,7 +31,7 @@ UNSUPPORTED = (
     "target_parameters",
     "trainable_token_indices",
 )
-REBASED = ("pissa", "olora", "corda", "loftq")
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)

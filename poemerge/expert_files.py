@@ -133,13 +133,18 @@ def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
     return kind(name, folder, base)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """True if no value is NaN or infinite."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def check_finite(tensor: Tensor, name: str, where: str) -> None:
     """Refuse NaN and infinity.
 
     Raises:
         CheckpointError: naming the tensor and whose it is.
     """
-    if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+    if not is_finite(tensor):
         raise CheckpointError(
             f"{name} of {where} holds NaN or infinite values; train or export it again."
         )

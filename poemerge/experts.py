@@ -67,16 +67,18 @@ class Grams:
     targets: Tensor  # G_i A_i (B, E, O, I)
     origins: Tensor  # q_i(0) = ||G_i||² (B, E), fp64
     norms: Tensor  # ||A_i||² (B, E), fp64
+    dimension: int  # O of the whole matrices, of which these may be coordinates in a subspace
 
     @classmethod
-    def of(cls, deltas: Tensor) -> Self:
-        """Build the forms from the updates A (B, E, O, I)."""
+    def of(cls, deltas: Tensor, dimension: int | None = None) -> Self:
+        """Build the forms from the updates A (B, E, O, I), or from their coordinates."""
         grams = deltas @ deltas.mT
         return cls(
             grams=grams,
             targets=grams @ deltas,
             origins=_inner(grams, grams),
             norms=_inner(deltas, deltas),
+            dimension=dimension or deltas.shape[-2],
         )
 
     def residuals(self, merged: Tensor) -> Tensor:
@@ -98,9 +100,9 @@ class Grams:
         matrix, right = self.system(weights, ridge)
         return linalg.solve(linalg.cholesky(matrix), right)
 
-    def mean_diagonal(self, weights: Tensor, dimension: int) -> Tensor:
+    def mean_diagonal(self, weights: Tensor) -> Tensor:
         """tr(Σ w_i G_i) / O (B,), the unit of a relative ridge; tr G_i = ||A_i||²."""
-        return (weights * self.norms).sum(dim=-1) / dimension
+        return (weights * self.norms).sum(dim=-1) / self.dimension
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -99,8 +99,11 @@ def _energy(tail: Tail, merged: Tensor, residuals: Tensor, ridge: Tensor) -> Ten
 def _certify(mode: Mode, forms: Grams, ridge: Tensor) -> Mode:
     matrix, right = forms.system(mode.weights, ridge)
     miss = torch.linalg.matrix_norm(matrix @ mode.merged - right)
-    mode.residual = miss / torch.linalg.matrix_norm(right)
+    size = torch.linalg.matrix_norm(right)
+    mode.residual = torch.where(size > 0, miss / size, miss)
     smallest, largest = linalg.extreme_eigenvalues(matrix, linalg.cholesky(matrix))
-    # λ is an eigenvalue of the whole system where the experts do not span it.
-    mode.condition = largest / torch.minimum(smallest.to(ridge), ridge)
+    if matrix.shape[-1] < forms.dimension:
+        # Beyond the subspace of the experts λ is the only eigenvalue, if there is a λ.
+        smallest = torch.where(ridge > 0, torch.minimum(smallest.to(ridge), ridge), smallest)
+    mode.condition = largest / smallest
     return mode

@@ -114,7 +114,7 @@ class Lineage:
     @property
     def key(self) -> str:
         """What decides whether the work must be done again: stage, params, inputs, code."""
-        inputs = {source.name: source.digest for source in self.inputs}
+        inputs = [(source.name, source.digest) for source in self.inputs]  # sums round by order
         return digest([self.stage, self.params, inputs, self.uri, self.code["sha256"]])
 
     def is_current(self, folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,17 @@ def expert_weights(base: Path, expert: Path | None) -> Iterator[tuple[str, Tenso
     Yields:
         (name, tensor) in the order of names; tied output heads included where they are stored.
     """
-    with Checkpoint(base) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(base))
         opened = open_expert(expert.name, expert, checkpoint) if expert else None
+        if opened is not None:
+            stack.callback(opened.close)
         for name, info in checkpoint.tensors.items():
             weight = checkpoint.read(name)
             if opened is not None and info.is_float and opened.votes(info):
                 start = weight.float()
                 weight = (start + opened.update(info, start).dense()).to(info.dtype)
             yield name, weight
-        if opened is not None:
-            opened.close()
 
 
 def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> dict[str, Path]:
@@ -125,10 +127,11 @@ def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> di
 
 def _check_out(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
     resolved = out.resolve()
-    if any(resolved in (s.resolve(), *s.resolve().parents) for s in sources):
-        raise SettingError(
-            f"{out} is or holds one of the sources; choose another folder to write to."
-        )
+    for source in (source.resolve() for source in sources):
+        if resolved in (source, *source.parents) or source in resolved.parents:
+            raise SettingError(
+                f"{out} is, holds or lies in the source {source}; choose another folder to write to."
+            )
     if out.exists() and not overwrite:
         raise SettingError(f"{out} exists already; choose another folder, or say `--overwrite`.")
 

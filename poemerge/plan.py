@@ -144,6 +144,8 @@ def _check_names(experts: tuple[str, ...], settings: Settings) -> None:
     for name in settings.weights:
         if name not in experts:
             raise SettingError(f"weights names {name!r}, but the experts are {', '.join(experts)}.")
+    if not any(settings.weights.get(name, 1.0) > 0 for name in experts):
+        raise SettingError("weights gives every expert 0; leave at least one a say.")
 
 
 def _groups(base: Checkpoint, experts: tuple[Expert, ...], method: Method) -> tuple[Group, ...]:

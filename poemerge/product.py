@@ -72,11 +72,11 @@ def product_of_experts(
     """
     updates, lift, chunks = _cut(stack, settings)
     turned = updates.mT if settings.side == "input" else updates
-    dimension = updates.shape[-2] if chunks > 1 else stack.shape[settings.side == "input"]
-    forms = Grams.of(turned)
+    whole = turned.shape[-2] if chunks > 1 else stack.shape[settings.side == "input"]
+    forms = Grams.of(turned, whole)
     trust = call.weights.to(forms.norms) * (forms.norms > 0)
     tail = tail_of(forms, trust)
-    start, ridge = _start_and_ridge(forms, tail, settings, dimension)
+    start, ridge = _start_and_ridge(forms, tail, settings)
     mode = solve(forms, tail, start, ridge, stop)
     merged = mode.merged.mT if settings.side == "input" else mode.merged
     return Merged(lift(merged), _certificates(mode, forms, chunks))
@@ -84,18 +84,16 @@ def product_of_experts(
 
 def _cut(stack: Stack, settings: ProductSettings) -> tuple[Tensor, Lift, int]:
     """The matrices to solve, the way back, and the number of chunks per matrix."""
+    updates, lift = stack.coordinates()
     rows, columns = stack.shape
     if settings.chunks == "none" or rows % columns or not isinstance(stack, DenseStack):
-        return *stack.coordinates(), 1
+        return updates, lift, 1
     count = rows // columns
-    batch, experts = stack.deltas.shape[:2]
-    pieces = stack.deltas.reshape(batch, experts, count, columns, columns).transpose(1, 2)
-    return pieces.flatten(0, 1), lambda m: Dense(m.reshape(batch, rows, columns)), count
+    pieces = updates.unflatten(-2, (count, columns)).transpose(1, 2).flatten(0, 1)
+    return pieces, lambda m: Dense(m.reshape(-1, rows, columns)), count
 
 
-def _start_and_ridge(
-    forms: Grams, tail: Tail, settings: ProductSettings, dimension: int
-) -> tuple[Tensor, Tensor]:
+def _start_and_ridge(forms: Grams, tail: Tail, settings: ProductSettings) -> tuple[Tensor, Tensor]:
     """Weights (B, E) of the Gaussian mode to start from, and λ (B,).
 
     The relative ridge is fixed at the weights that the experts have at M = 0 (docs/maths.md,
@@ -106,7 +104,7 @@ def _start_and_ridge(
     if settings.ridge_mode == "absolute":
         ridge, equal = torch.full_like(reference[:, 0], settings.ridge), voting
     else:
-        ridge = settings.ridge * forms.mean_diagonal(reference, dimension)
+        ridge = settings.ridge * forms.mean_diagonal(reference)
         count = voting.sum(dim=-1, keepdim=True).clamp_min(1)
         equal = voting * reference.sum(dim=-1, keepdim=True) / count
     ridge = torch.where(voting.any(dim=-1), ridge, torch.ones_like(ridge))

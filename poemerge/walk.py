@@ -12,10 +12,10 @@ from torch import Tensor
 
 from poemerge.adapter_files import write_adapter
 from poemerge.atomic import write_json
-from poemerge.checkpoint import INDEX
+from poemerge.checkpoint import INDEX, TensorInfo
 from poemerge.device import STORED
 from poemerge.errors import CheckpointError, NumericalError, SettingError
-from poemerge.expert_files import check_finite
+from poemerge.expert_files import check_finite, is_finite
 from poemerge.lineage import Lineage, Source
 from poemerge.method import Call, Merged
 from poemerge.methods import find
@@ -84,14 +84,14 @@ class Walk:
         if batch.rule == COPY:
             for info in batch.tensors:
                 self._note(batch, info.name, info.dtype)
-                yield info.name, self.plan.base.read(info.name)
+                yield info.name, self._copy(info)
             return
         weights = [self._read_base(info.name) for info in batch.tensors]
         update = self._solve(batch, weights)
         dense = update.dense()
         for index, (info, weight) in enumerate(zip(batch.tensors, weights, strict=True)):
-            merged = weight + dense[index]
-            check_finite(merged, info.name, "the merge itself")
+            merged = (weight + dense[index]).to(self._stored(info.dtype))
+            self._check_result(merged, info.name)
             yield info.name, merged
 
     def _merge_adapter(self, folder: Path) -> None:
@@ -168,6 +168,22 @@ class Walk:
         weight = self.plan.base.read(name).to(self.device).float()
         check_finite(weight, name, f"the base ({self.plan.base.folder})")
         return weight
+
+    def _copy(self, info: TensorInfo) -> Tensor:
+        weight = self.plan.base.read(info.name)
+        if not info.is_float:
+            return weight
+        check_finite(weight, info.name, f"the base ({self.plan.base.folder})")
+        stored = weight.to(self._stored(info.dtype))
+        self._check_result(stored, info.name)
+        return stored
+
+    def _check_result(self, merged: Tensor, name: str) -> None:
+        if not is_finite(merged):
+            raise NumericalError(
+                f"{name} of the merge does not fit into {merged.dtype}; choose another `dtype`, or "
+                "lower `strength`."
+            )
 
     def _stored(self, dtype: torch.dtype) -> torch.dtype:
         return STORED.get(self.dtype, dtype) if dtype.is_floating_point else dtype

@@ -26,15 +26,17 @@ def ties(stack: Stack, settings: TiesSettings, call: Call) -> Merged:
 
 
 def trim(deltas: Tensor, keep: float) -> Tensor:
-    """Zero all but the ⌈keep · n⌉ largest magnitudes of each update; deltas (B, E, *shape)."""
-    flat = deltas.flatten(2)
-    size = flat.shape[-1]
-    kept = min(size, max(1, round(keep * size))) if keep > 0 else 0
-    if kept == size:
+    """Zero all but the keep · n (at least 1) largest magnitudes of each update (B, E, *shape).
+
+    Entries as large as the smallest one kept are kept too: which of them went would be arbitrary.
+    """
+    size = deltas[0, 0].numel()
+    kept = max(1, round(keep * size))
+    if kept >= size:
         return deltas
-    magnitude = flat.abs()
-    threshold = torch.kthvalue(magnitude, size - kept, dim=-1, keepdim=True).values
-    return (flat * (magnitude > threshold)).view_as(deltas)
+    magnitude = deltas.flatten(2).abs()
+    threshold = torch.kthvalue(magnitude, size - kept + 1, dim=-1, keepdim=True).values
+    return deltas * (magnitude >= threshold).view_as(deltas)
 
 
 def elect_and_average(deltas: Tensor, weights: Tensor) -> Tensor:

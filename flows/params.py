@@ -1,0 +1,224 @@
+"""params.yaml as frozen models: every number of the pipeline, and nothing that is unknown."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from poemerge.errors import SettingError
+from poemerge.settings import nearest
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Label = Annotated[str, Field(pattern=LABEL)]  # a file name, a DVC stage, an MLflow run
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SourceParams(Section):
+    """Where a checkpoint or adapter comes from."""
+
+    source: str = Field(min_length=1)
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+
+
+class FetchParams(Section):
+    """The base and its experts."""
+
+    base: SourceParams
+    experts: dict[Label, SourceParams] = Field(min_length=1)
+    dtype: Dtype
+
+
+class TaskVectorsParams(Section):
+    """The task vectors have no numbers of their own."""
+
+
+class MergeParams(Section):
+    """The candidates: label → settings, with `method` where the label is not its name."""
+
+    device: str
+    dtype: Dtype | Literal["source"]
+    strength: float = Field(ge=0)
+    seed: int = Field(ge=0)
+    methods: dict[Label, dict[str, Any]] = Field(min_length=1)
+
+    def candidate(self, label: str) -> tuple[str, dict[str, Any]]:
+        """Method and settings of a candidate; `strength` is the section's where it has none."""
+        settings = {"strength": self.strength, **self.methods[label]}
+        return settings.pop("method", label), settings
+
+
+class EvaluateParams(Section):
+    """What the candidates are scored on."""
+
+    include: str
+    tasks: list[str] = Field(min_length=1)
+    validation: str
+    limit: int | None = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    dtype: Dtype
+    device: str
+    seed: int = Field(ge=0)
+
+
+class RegisterParams(Section):
+    """Which candidate wins, and the name under which it is registered."""
+
+    name: Label
+    experiment: str = Field(min_length=1)
+    choose: Literal["mean", "normalised"]
+    store: Literal["dvc", "copy"]
+
+
+class Params(Section):
+    """The five sections, named like the stages."""
+
+    fetch: FetchParams
+    task_vectors: TaskVectorsParams
+    merge: MergeParams
+    evaluate: EvaluateParams
+    register_: RegisterParams = Field(alias="register")
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The plain values, as the YAML has them."""
+        return self.model_dump(by_alias=True)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """Read and check a parameter file.
+
+    Args:
+        path: a YAML file.
+        overrides: `a.b=c` settings that replace what the file says.
+
+    Raises:
+        SettingError: the file, a key or a value is refused; one sentence.
+    """
+    tree = override(read(path), overrides)
+    try:
+        params = Params.model_validate(tree)
+    except ValidationError as error:
+        raise SettingError(f"{path}: {_sentence(error)}") from error
+    _check_methods(path, params.merge, tuple(params.fetch.experts))
+    return params
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The YAML mapping in `path`, YAML 1.2 as DVC reads it (1e-3 is a number, a key stands once)."""
+    try:
+        tree = YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError as error:
+        raise SettingError(
+            f"{path} does not exist; run where it lies, or name it."
+        ) from error
+    except (OSError, YAMLError, ValueError) as error:
+        first = " ".join(str(error).split())
+        raise SettingError(f"{path} is no readable YAML ({first}); mend it there.") from error
+    if not isinstance(tree, dict):
+        raise SettingError(f"{path} is no mapping of sections; see the README for its form.")
+    return tree
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` with the values of `a.b=c` put in; the original is left alone."""
+    merged = dict(tree)
+    for text in overrides:
+        keys, value = parse_override(text)
+        merged = _put(merged, keys, value)
+    return merged
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Keys and value of `a.b=c`; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise SettingError(f"--set {text!r} is no assignment; write section.key=value.")
+    try:
+        return key.split("."), YAML(typ="safe", pure=True).load(value)
+    except YAMLError as error:
+        raise SettingError(f"--set {text!r} has a value that is no YAML; quote it.") from error
+
+
+def _put(tree: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    branch = dict(tree) if isinstance(tree, Mapping) else {}
+    branch[keys[0]] = _put(branch.get(keys[0]), keys[1:], value) if keys[1:] else value
+    return branch
+
+
+def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...]) -> None:
+    from poemerge.methods import find  # noqa: PLC0415 - imports torch, 1 s that --help need not pay
+
+    for label in merge.methods:
+        method, settings = merge.candidate(label)
+        try:
+            parsed = find(method).settings.parse(settings)
+        except SettingError as error:
+            raise SettingError(f"{path}: merge.methods.{label}: {error}") from error
+        for name in parsed.weights:
+            if name not in experts:
+                raise SettingError(
+                    f"{path}: merge.methods.{label}.weights names {name!r}"
+                    f"{nearest(name, experts)}; the experts are {', '.join(experts)}."
+                )
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem as one sentence, with the nearest known key for an unknown one."""
+    problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known(problem["loc"][:-1])
+        name = str(problem["loc"][-1])
+        return f"unknown key {where}{nearest(name, known)}; known here: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{where} is missing; add it (the README has a params.yaml with every key)."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}; mend it there."
+
+
+def _known(location: tuple[int | str, ...]) -> list[str]:
+    """Keys that the model at `location` has."""
+    model: Any = Params
+    for part in location:
+        fields = {f.alias or name: f for name, f in getattr(model, "model_fields", {}).items()}
+        if part in fields:
+            model = fields[str(part)].annotation
+            model = next((a for a in get_args(model) if isinstance(a, type)), model)
+        if get_args(model):
+            model = get_args(model)[-1]
+    return [f.alias or name for name, f in getattr(model, "model_fields", {}).items()]
+
+
+def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings of a method from `key=value` texts; `weights.NAME=x` names an expert."""
+    settings: dict[str, Any] = {}
+    for text in overrides:
+        keys, value = parse_override(text)
+        settings = _put(settings, keys, value)
+    return settings
+
+
+def save_overrides(path: Path, overrides: Sequence[str]) -> None:
+    """Write the values into the file, its remarks and order kept."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    tree = yaml.load(path)
+    for text in overrides:
+        keys, value = parse_override(text)
+        branch = tree
+        for key in keys[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[keys[-1]] = value
+    partial = path.with_name(path.name + ".partial")
+    yaml.dump(tree, partial)
+    partial.replace(path)

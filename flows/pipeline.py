@@ -1,0 +1,78 @@
+"""The whole chain as one Prefect flow: order, and nothing else."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.futures import wait
+from prefect.tasks import Task
+
+from flows import versioning
+from flows.params import load, read
+from flows.places import Places
+from flows.steps import Step, steps
+
+STAGES = ("fetch", "task_vectors", "merge", "evaluate", "register")
+PER_STEP = ("merge",)  # one DVC stage for each step
+
+logger = logging.getLogger(__name__)
+
+
+@flow(name="poemerge", persist_result=True, result_serializer="json")
+def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Fetch, compare, merge, evaluate and register what `params` says.
+
+    Args:
+        params: path of the parameter file.
+        overrides: `a.b=c` settings for this run alone; dvc.lock then stays as it is.
+
+    Returns:
+        `made`: names of the steps that had something to do; `register`: folder of the leaderboard;
+        `merges` and `logs`: where each candidate's model and its cost lie.
+
+    Raises:
+        PoemergeError: something was refused.
+    """
+    path = Path(params)
+    tree = read(path)
+    places = Places(load(path, overrides), load(path))
+    if places.is_plain:
+        versioning.check()
+    made = []
+    for stage in STAGES:
+        todo = list(steps(stage, places, tuple(overrides)))
+        made += [step.name for step in _run_stage(stage, todo)]
+        if places.is_plain:
+            versioning.commit(_dvc_names(stage, todo), tree)
+    labels = places.params.merge.methods
+    return {
+        "made": made,
+        "register": str(places.register),
+        "merges": {label: str(places.merge(label)) for label in labels},
+        "logs": {label: str(places.log("merge", label)) for label in labels},
+    }
+
+
+def _run_stage(stage: str, todo: list[Step]) -> list[Step]:
+    """Run the steps, downloads side by side; those that had something to do are returned."""
+    if stage == "fetch":
+        futures = [_named(step).submit(**step.arguments) for step in todo]
+        wait(futures)
+        return [step for step, future in zip(todo, futures, strict=True) if future.result()]
+    return [step for step in todo if _run_step(step)]
+
+
+def _run_step(step: Step) -> bool:
+    made = step.run(_named(step))
+    logger.info("%s %s", step.name, "done" if made else "is up to date")
+    return made
+
+
+def _named(step: Step) -> Task[Any, bool]:
+    return step.task.with_options(task_run_name=step.name)
+
+
+def _dvc_names(stage: str, todo: list[Step]) -> list[str]:
+    return [f"{stage}@{step.label}" for step in todo] if stage in PER_STEP else [stage]

@@ -1,0 +1,91 @@
+"""Where every step's output lies.
+
+A run with overrides must leave the outputs of the plain params.yaml alone, since dvc.lock speaks of
+them. So a step whose parameters, and those of all before it, are the plain ones uses the plain
+place; any other goes below `.poemerge/runs/`, in a folder named after the overrides.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.params import Params
+from poemerge.lineage import digest
+
+ARTIFACTS = Path("artifacts")
+RUNS = Path(".poemerge/runs")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Output folders of a run with `params`, where params.yaml itself says `plain`."""
+
+    params: Params
+    plain: Params
+
+    @property
+    def is_plain(self) -> bool:
+        """True for a run without overrides, or with such as change nothing."""
+        return self.params == self.plain
+
+    @property
+    def own(self) -> Path:
+        """Root of what only this run has."""
+        if self.is_plain:
+            return ARTIFACTS
+        return RUNS / digest(self.params.sections)[:12]
+
+    @property
+    def base(self) -> Path:
+        """The fetched base."""
+        return self._fetched / "base"
+
+    @property
+    def experts(self) -> dict[str, Path]:
+        """Name → fetched expert, in the order of params."""
+        return {name: self._fetched / "experts" / name for name in self.params.fetch.experts}
+
+    @property
+    def task_vectors(self) -> Path:
+        """Statistics of the task vectors."""
+        return self._root(same=self._same_fetch) / "task_vectors"
+
+    def merge(self, label: str) -> Path:
+        """The merged model of a candidate."""
+        return self._root(same=self._same_merge(label)) / "merge" / label
+
+    def evaluation(self, kind: str, label: str) -> Path:
+        """Scores of the `base`, of an `expert` or of a `merge`."""
+        same = self._same_fetch and self.params.evaluate == self.plain.evaluate
+        if kind == "merge":
+            same = same and self._same_merge(label)
+        folder = self._root(same=same) / "evaluate"
+        return folder / "base" if kind == "base" else folder / f"{kind}s" / label
+
+    @property
+    def register(self) -> Path:
+        """The leaderboard and what was registered."""
+        return self.own / "register"
+
+    def log(self, stage: str, label: str) -> Path:
+        """Seconds and peak memory of a step; no part of what DVC hashes."""
+        merged = stage == "merge" and self._same_merge(label)
+        return self._root(same=self.is_plain or merged) / "log" / f"{stage}-{label}.json"
+
+    @property
+    def _fetched(self) -> Path:
+        return self._root(same=self._same_fetch) / "fetch"
+
+    @property
+    def _same_fetch(self) -> bool:
+        return self.params.fetch == self.plain.fetch
+
+    def _same_merge(self, label: str) -> bool:
+        def decisive(params: Params) -> tuple[object, ...]:
+            merge = params.merge
+            return merge.candidate(label), merge.device, merge.dtype, merge.seed
+
+        known = label in self.plain.merge.methods
+        return self._same_fetch and known and decisive(self.params) == decisive(self.plain)
+
+    def _root(self, *, same: bool) -> Path:
+        return ARTIFACTS if same else self.own

@@ -1,0 +1,164 @@
+"""The steps of each stage: which task, with which arguments, into which folder."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect.tasks import Task
+
+from flows.meter import measure
+from flows.params import Params
+from flows.places import Places
+from tasks.evaluate import evaluate
+from tasks.fetch import fetch
+from tasks.merge import merge
+from tasks.register import register
+from tasks.task_vectors import task_vectors
+
+TEST = "test"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a task.
+
+    Attributes:
+        stage: the stage it belongs to.
+        label: which of the stage's steps; the stage's own name where it has one.
+        log: where its cost is kept.
+    """
+
+    stage: str
+    label: str
+    task: Task[Any, bool]
+    arguments: Mapping[str, Any]
+    log: Path
+
+    @property
+    def name(self) -> str:
+        """For people and for Prefect."""
+        return self.stage if self.label == self.stage else f"{self.stage} {self.label}"
+
+    def run(self, call: Callable[..., bool] | None = None) -> bool:
+        """Do it, and keep what it cost; True if there was something to do.
+
+        Args:
+            call: how to call the task: by default as a plain function, without Prefect.
+        """
+        with measure() as cost:
+            made = (call or self.task.fn)(**self.arguments)
+        if made:
+            cost.write(self.log)
+        return made
+
+
+def steps(stage: str, places: Places, overrides: tuple[str, ...] = ()) -> Iterator[Step]:
+    """The steps of `stage` in order."""
+    build = {
+        "fetch": _fetch,
+        "task_vectors": _task_vectors,
+        "merge": _merge,
+        "evaluate": _evaluate,
+        "register": _register,
+    }[stage]
+    for label, task, arguments in build(places.params, places, overrides):
+        yield Step(stage, label, task, arguments, places.log(stage, label))
+
+
+Call = tuple[str, Task[Any, bool], dict[str, Any]]
+
+
+def _fetch(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
+    sources = {"base": (params.fetch.base, places.base)}
+    sources |= {n: (s, places.experts[n]) for n, s in params.fetch.experts.items()}
+    for name, (source, out) in sources.items():
+        arguments = {
+            "name": name,
+            "source": source.source,
+            "out": str(out),
+            "sha256": source.sha256,
+            "dtype": params.fetch.dtype,
+        }
+        yield name, fetch, arguments
+
+
+def _task_vectors(_: Params, places: Places, __: tuple[str, ...]) -> Iterator[Call]:
+    yield "task_vectors", task_vectors, {**_inputs(places), "out": str(places.task_vectors)}
+
+
+def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
+    for label in params.merge.methods:
+        method, settings = params.merge.candidate(label)
+        arguments = {
+            **_inputs(places),
+            "out": str(places.merge(label)),
+            "method": method,
+            "settings": settings,
+            "device": params.merge.device,
+            "dtype": params.merge.dtype,
+            "seed": params.merge.seed,
+        }
+        yield label, merge, arguments
+
+
+def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
+    """The base and each expert (on its own task) on test; the merges on validation too."""
+    every = list(params.evaluate.tasks)
+    yield "base", evaluate, _scoring(params, places, "base", "base", None, every, [TEST])
+    for name, folder in places.experts.items():
+        if name in every:
+            yield name, evaluate, _scoring(params, places, "expert", name, folder, [name], [TEST])
+    splits = [params.evaluate.validation, TEST]
+    for label in params.merge.methods:
+        folder = places.merge(label)
+        yield label, evaluate, _scoring(params, places, "merge", label, folder, every, splits)
+
+
+def _scoring(
+    params: Params,
+    places: Places,
+    kind: str,
+    candidate: str,
+    weights: Path | None,
+    *,
+    tasks: list[str],
+    splits: list[str],
+) -> dict[str, Any]:
+    return {
+        "candidate": candidate,
+        "kind": kind,
+        "base": str(places.base),
+        "weights": str(weights) if weights else None,
+        "out": str(places.evaluation(kind, candidate)),
+        "tasks": tasks,
+        "splits": splits,
+        **params.evaluate.model_dump(exclude={"tasks", "validation"}),
+    }
+
+
+def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Iterator[Call]:
+    labels = list(params.merge.methods)
+    own = [name for name in params.fetch.experts if name in params.evaluate.tasks]
+    arguments = {
+        "base": str(places.base),
+        "merges": {label: str(places.merge(label)) for label in labels},
+        "evaluations": {
+            "base": {"base": str(places.evaluation("base", "base"))},
+            "expert": {name: str(places.evaluation("expert", name)) for name in own},
+            "merge": {label: str(places.evaluation("merge", label)) for label in labels},
+        },
+        "logs": {label: str(places.log("merge", label)) for label in labels},
+        "out": str(places.register),
+        "tasks": list(params.evaluate.tasks),
+        "validation": params.evaluate.validation,
+        **params.register_.model_dump(),
+        "params": params.sections,
+        "overrides": list(overrides),
+    }
+    yield "register", register, arguments
+
+
+def _inputs(places: Places) -> dict[str, Any]:
+    experts = {name: str(folder) for name, folder in places.experts.items()}
+    return {"base": str(places.base), "experts": experts}

@@ -1,0 +1,1 @@
+"""Stages as Prefect tasks: paths in, paths out, one side effect each."""

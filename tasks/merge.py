@@ -1,0 +1,72 @@
+"""The merge stage: one candidate, from base and experts to a complete model folder."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+logger = logging.getLogger(__name__)
+
+NEWS_EVERY = 5.0  # seconds between two lines of progress
+
+
+@task
+def merge(
+    base: str,
+    experts: dict[str, str],
+    out: str,
+    *,
+    method: str,
+    settings: dict[str, Any],
+    device: str,
+    dtype: str,
+    seed: int,
+) -> bool:
+    """Merge the experts into the folder `out`, unless it is up to date.
+
+    Args:
+        base: checkpoint folder.
+        experts: name → checkpoint or adapter folder.
+        out: folder to make.
+        method: name of a merge method.
+        settings: of the method.
+        device: auto, cpu or cuda[:i].
+        dtype: of the merged weights: source, float32, bfloat16 or float16.
+        seed: of methods that draw at random.
+
+    Returns:
+        True if it was merged, False if it was up to date.
+    """
+    from poemerge.merge import merge_checkpoints, merge_lineage  # noqa: PLC0415 - imports torch
+
+    folders = {name: Path(folder) for name, folder in experts.items()}
+    choices = {"device": device, "dtype": dtype, "output": "full", "seed": seed}
+    if merge_lineage(Path(base), folders, method, settings, choices).is_current(Path(out)):
+        return False
+    merge_checkpoints(
+        base,
+        folders,
+        out,
+        method,
+        device,
+        dtype=dtype,
+        seed=seed,
+        overwrite=True,
+        progress=_News(Path(out).name),
+        **settings,
+    )
+    return True
+
+
+class _News:
+    """Log how far a merge is, every few seconds."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._last = label, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= NEWS_EVERY:
+            self._last = time.monotonic()
+            logger.info("%s: %d of %d tensors", self._label, done, total)
