@@ -131,7 +131,7 @@ def show_lineage(folder: Path, record: Lineage, *, as_json: bool) -> None:
         console.print_json(json.dumps(asdict(record)))
         return
     tree = Tree(f"[bold]{folder}[/]  {record.stage}  {_settings(record)}")
-    tree.add(f"[dim]poemerge {record.code['poemerge']}, code {record.code['sha256'][:12]}[/]")
+    tree.add("[dim]" + ", ".join(f"{name} {value[:12]}" for name, value in record.code.items()))
     packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
     tree.add(f"[dim]{record.device}; {packages}[/]")
     for source in record.inputs:

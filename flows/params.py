@@ -117,9 +117,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         tree = YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError as error:
-        raise SettingError(
-            f"{path} does not exist; run where it lies, or name it."
-        ) from error
+        raise SettingError(f"{path} does not exist; run where it lies, or name it.") from error
     except (OSError, YAMLError, ValueError) as error:
         first = " ".join(str(error).split())
         raise SettingError(f"{path} is no readable YAML ({first}); mend it there.") from error

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect.tasks import Task
+from tasks.evaluate import evaluate
 
 from flows.meter import measure
 from flows.params import Params
 from flows.places import Places
-from tasks.evaluate import evaluate
 from tasks.fetch import fetch
 from tasks.merge import merge
 from tasks.register import register
@@ -104,37 +104,29 @@ def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]
 
 def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
     """The base and each expert (on its own task) on test; the merges on validation too."""
-    every = list(params.evaluate.tasks)
-    yield "base", evaluate, _scoring(params, places, "base", "base", None, every, [TEST])
+
+    def scoring(
+        kind: str, candidate: str, weights: Path | None, tasks: list[str], splits: list[str]
+    ) -> Call:
+        arguments = {
+            "candidate": candidate,
+            "kind": kind,
+            "base": str(places.base),
+            "weights": str(weights) if weights else None,
+            "out": str(places.evaluation(kind, candidate)),
+            "tasks": tasks,
+            "splits": splits,
+            **params.evaluate.model_dump(exclude={"tasks", "validation"}),
+        }
+        return candidate, evaluate, arguments
+
+    every, both = list(params.evaluate.tasks), [params.evaluate.validation, TEST]
+    yield scoring("base", "base", None, every, [TEST])
     for name, folder in places.experts.items():
         if name in every:
-            yield name, evaluate, _scoring(params, places, "expert", name, folder, [name], [TEST])
-    splits = [params.evaluate.validation, TEST]
+            yield scoring("expert", name, folder, [name], [TEST])
     for label in params.merge.methods:
-        folder = places.merge(label)
-        yield label, evaluate, _scoring(params, places, "merge", label, folder, every, splits)
-
-
-def _scoring(
-    params: Params,
-    places: Places,
-    kind: str,
-    candidate: str,
-    weights: Path | None,
-    *,
-    tasks: list[str],
-    splits: list[str],
-) -> dict[str, Any]:
-    return {
-        "candidate": candidate,
-        "kind": kind,
-        "base": str(places.base),
-        "weights": str(weights) if weights else None,
-        "out": str(places.evaluation(kind, candidate)),
-        "tasks": tasks,
-        "splits": splits,
-        **params.evaluate.model_dump(exclude={"tasks", "validation"}),
-    }
+        yield scoring("merge", label, places.merge(label), every, both)
 
 
 def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Iterator[Call]:

@@ -74,7 +74,7 @@ def _check_params(stage: Any, params: Mapping[str, Any]) -> None:
     """An edit during the run would be committed together with outputs made from the old values."""
     for dependency in stage.deps:
         if isinstance(dependency, ParamsDependency):
-            for key, value in dependency.read_params(flatten=False).items():
+            for key, value in dependency.read_params().items():
                 if reduce(_item, key.split("."), params) != value:
                     message = (
                         f"{key} in {dependency} is not what {stage.addressing} was made with; "

@@ -18,6 +18,7 @@ from poemerge.task_vector import LowRank
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer."  # PEFT saves a copy of the embedding that it adapts
 # What changes the algebra in a way that two factors do not show.
 UNSUPPORTED = (
     "use_dora",
@@ -72,7 +73,9 @@ class Adapter(TensorFiles):
             raise CheckpointError(f"{folder / WEIGHTS} is missing; save the adapter again.")
         super().__init__(folder, (WEIGHTS,))
         self.factors = self._pair_factors()
-        self.replaced = self._whole_tensors()
+        whole = self._whole_tensors()
+        self.base_layers = {n: key for n, key in whole.items() if BASE_LAYER in key}
+        self.replaced = {n: key for n, key in whole.items() if BASE_LAYER not in key}
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """(O, R, I) of the update of base tensor `name`, from the headers.
@@ -87,18 +90,23 @@ class Adapter(TensorFiles):
                 f"{name} in {self.folder / WEIGHTS} has factors {up} and {down}, but {CONFIG} says "
                 f"rank {expected}; save the adapter again."
             )
-        rows, columns = (down[1], up[0]) if self._transposed(name) else (up[0], down[1])
+        rows, columns = (down[1], up[0]) if self.transposed(name) else (up[0], down[1])
         return rows, expected, columns
 
     def update(self, name: str) -> LowRank:
         """The update of base tensor `name` in factors, fp32 or better, scaling included."""
         down, up = (self.read(key).float() for key in self.factors[name])
-        if self._transposed(name):
+        if self.transposed(name):
             down, up = up.T, down.T
         return LowRank(up * self.lora.scaling_of(name.removesuffix(".weight")), down)
 
-    def _transposed(self, name: str) -> bool:
-        return "lora_embedding_" in self.factors[name][0] or self.lora.fan_in_fan_out
+    def embeds(self, name: str) -> bool:
+        """True if base tensor `name` is an embedding, whose factors PEFT names and turns apart."""
+        return "lora_embedding_" in self.factors[name][0]
+
+    def transposed(self, name: str) -> bool:
+        """True if the factors on disk multiply to the transpose of the update."""
+        return self.embeds(name) or self.lora.fan_in_fan_out
 
     def _pair_factors(self) -> dict[str, tuple[str, str]]:
         """Base tensor → names of its two factors (A, B)."""
@@ -121,7 +129,7 @@ class Adapter(TensorFiles):
                     f"{key} in {self.folder / WEIGHTS} is no plain LoRA factor (DoRA or a bias); "
                     "merge it into its base with PEFT and give the full checkpoint."
                 )
-        return {_base_name(key).replace(".modules_to_save", ""): key for key in rest}
+        return {_base_name(key): key for key in rest}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -167,4 +175,4 @@ def _match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _base_name(key: str) -> str:
-    return key.removeprefix(PREFIX)
+    return key.removeprefix(PREFIX).replace(".modules_to_save", "").replace(BASE_LAYER, ".")

@@ -10,6 +10,7 @@ from torch import Tensor
 from poemerge.adapter import Adapter, is_adapter
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.errors import CheckpointError
+from poemerge.rules import is_head, is_tied_head
 from poemerge.task_vector import Dense, LowRank, Update
 
 
@@ -18,10 +19,7 @@ class Expert(Protocol):
 
     name: str
     folder: Path
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Tensors of the expert that the base does not have."""
+    extra: tuple[str, ...]  # tensors that cannot be merged, since the base lacks or ties them
 
     def votes(self, info: TensorInfo) -> bool:
         """False if the expert lacks this tensor, so that the others decide alone."""
@@ -44,12 +42,12 @@ class FullExpert:
         self._checkpoint = Checkpoint(folder)
         self._names = _align(base.tensors, self._checkpoint.tensors)
         _require_common(name, folder, base, self._names)
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Tensors that the base does not have."""
         known = set(self._names.values())
-        return tuple(name for name in self._checkpoint.tensors if name not in known)
+        self.extra = tuple(
+            name
+            for name in self._checkpoint.tensors
+            if name not in known and not (base.ties_embeddings and is_head(name))
+        )
 
     def votes(self, info: TensorInfo) -> bool:
         """True if the checkpoint holds the tensor; its shape is checked here."""
@@ -78,10 +76,22 @@ class AdapterExpert:
 
     def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
         self.name, self.folder = name, folder
-        self._adapter = Adapter(folder)
-        targets = (*self._adapter.factors, *self._adapter.replaced)
+        self.adapter = Adapter(folder)
+        targets = (*self.adapter.factors, *self.adapter.replaced)
         _require_common(name, folder, base, {t: t for t in targets if t in base.tensors})
-        self.extra = tuple(sorted(t for t in targets if t not in base.tensors))
+        self.extra = tuple(sorted(t for t in targets if not _has_place(t, base)))
+        self._check_base_layers(base)
+
+    def _check_base_layers(self, base: Checkpoint) -> None:
+        for name, key in self.adapter.base_layers.items():
+            if name not in base.tensors:
+                continue
+            original = base.read(name)
+            if not torch.equal(self.adapter.read(key).to(original.dtype), original):
+                raise CheckpointError(
+                    f"{key} in {self.folder} differs from the base's {name}; merge the adapter "
+                    "into its own base with PEFT and give the full checkpoint."
+                )
 
     def votes(self, info: TensorInfo) -> bool:  # noqa: ARG002
         """Always: an untouched tensor is the base's own."""
@@ -89,11 +99,12 @@ class AdapterExpert:
 
     def rank(self, info: TensorInfo) -> int | None:
         """Rank of the factors; None for a tensor that the adapter replaces whole."""
-        if info.name in self._adapter.replaced:
+        if whole := self.adapter.replaced.get(info.name):
+            _check_shape(self.name, self.adapter.tensors[whole], info)
             return None
-        if info.name not in self._adapter.factors:
+        if info.name not in self.adapter.factors:
             return 0
-        rows, rank, columns = self._adapter.shape(info.name)
+        rows, rank, columns = self.adapter.shape(info.name)
         if (rows, columns) != info.shape:
             raise CheckpointError(
                 f"{info.name} has shape {(rows, columns)} in adapter {self.name!r} and "
@@ -104,12 +115,12 @@ class AdapterExpert:
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """Scaled factors, a dense difference for replaced tensors, zero for the rest."""
         where = f"expert {self.name!r} ({self.folder})"
-        if info.name in self._adapter.replaced:
-            weight = self._adapter.read(self._adapter.replaced[info.name]).to(base.device).float()
+        if info.name in self.adapter.replaced:
+            weight = self.adapter.read(self.adapter.replaced[info.name]).to(base.device).float()
             check_finite(weight, info.name, where)
             return Dense(weight - base)
-        if info.name in self._adapter.factors:
-            factors = self._adapter.update(info.name).to(base.device, torch.float32)
+        if info.name in self.adapter.factors:
+            factors = self.adapter.update(info.name).to(base.device, torch.float32)
             check_finite(factors.up, info.name, where)
             check_finite(factors.down, info.name, where)
             return factors
@@ -119,7 +130,7 @@ class AdapterExpert:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._adapter.close()
+        self.adapter.close()
 
 
 def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
@@ -158,6 +169,10 @@ def _align(base: Iterable[str], expert: Iterable[str]) -> dict[str, str]:
     options += [{n: p + n for n in wanted} for p in cut]
     matches = [{n: e for n, e in names.items() if e in found} for names in options]
     return max(matches, key=len)
+
+
+def _has_place(name: str, base: Checkpoint) -> bool:
+    return name in base.tensors and not is_tied_head(base.tensors[name], base)
 
 
 def _require_common(name: str, folder: Path, base: Checkpoint, names: dict[str, str]) -> None:

@@ -50,11 +50,11 @@ def _sha256(path: str, _inode: int, _size: int, _mtime_ns: int) -> str:
 
 
 @cache
-def code_version() -> tuple[tuple[str, str], ...]:
-    """Version of poemerge and one sha256 over its source files."""
+def core_code() -> Mapping[str, str]:
+    """Version of poemerge and one sha256 over its sources: what a merge was computed by."""
     package = Path(__file__).parent
     files = {p.relative_to(package).as_posix(): sha256(p) for p in sorted(package.rglob("*.py"))}
-    return (("poemerge", VERSION), ("sha256", digest(files)))
+    return {"poemerge": VERSION, "sha256": digest(files)}
 
 
 @cache
@@ -98,7 +98,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The record of one folder: stage, params, inputs, code, packages, device, outputs."""
+    """The record of one folder: stage, params, inputs, code, packages, device, outputs.
+
+    `code` is the version of poemerge, and `core_code()` for what the core computes: a changed core
+    makes merges anew, and leaves what other libraries computed alone.
+    """
 
     stage: str
     params: Mapping[str, Any]
@@ -106,7 +110,7 @@ class Lineage:
     uri: str = ""
     revision: str = ""
     device: str = "cpu"
-    code: Mapping[str, str] = field(default_factory=lambda: dict(code_version()))
+    code: Mapping[str, str] = field(default_factory=lambda: {"poemerge": VERSION})
     packages: Mapping[str, str] = field(default_factory=lambda: dict(package_versions()))
     outputs: Mapping[str, str] = field(default_factory=dict)
     format: str = FORMAT
@@ -115,7 +119,7 @@ class Lineage:
     def key(self) -> str:
         """What decides whether the work must be done again: stage, params, inputs, code."""
         inputs = [(source.name, source.digest) for source in self.inputs]  # sums round by order
-        return digest([self.stage, self.params, inputs, self.uri, self.code["sha256"]])
+        return digest([self.stage, self.params, inputs, self.uri, self.code])
 
     def is_current(self, folder: Path) -> bool:
         """True if `folder` holds what this record would make, and its bytes are unchanged."""

@@ -15,7 +15,7 @@ from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device
 from poemerge.errors import SettingError
 from poemerge.expert_files import open_expert
-from poemerge.lineage import Lineage, Source
+from poemerge.lineage import Lineage, Source, core_code
 from poemerge.methods import find
 from poemerge.plan import plan_merge
 from poemerge.report import MergeReport
@@ -84,9 +84,8 @@ def merge_lineage(
     with ThreadPoolExecutor(max_workers=2) as pool:
         inputs = tuple(pool.map(Source.of, ("base", *experts), (base, *experts.values())))
     device = describe_device(pick_device(str(choices["device"])))
-    return Lineage(
-        "merge", {"method": method, "settings": parsed, **choices}, inputs, device=device
-    )
+    params = {"method": method, "settings": parsed, **choices}
+    return Lineage("merge", params, inputs, device=device, code=core_code())
 
 
 def expert_weights(base: Path, expert: Path | None) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +129,7 @@ def _check_out(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
     for source in (source.resolve() for source in sources):
         if resolved in (source, *source.parents) or source in resolved.parents:
             raise SettingError(
-                f"{out} is, holds or lies in the source {source}; choose another folder to write to."
+                f"{out} is, holds or lies in the source {source}; choose another folder."
             )
     if out.exists() and not overwrite:
         raise SettingError(f"{out} exists already; choose another folder, or say `--overwrite`.")

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import Expert, open_expert
 from poemerge.method import Method
 from poemerge.methods import find
-from poemerge.rules import COPY, MATRIX, TIED, VOCABULARY, is_head, rule_for
+from poemerge.rules import COPY, MATRIX, TIED, VOCABULARY, rule_for
 from poemerge.settings import Settings
 
 BATCH_BYTES = 64 << 20  # of updates held at once; a larger tensor goes alone
@@ -180,9 +180,10 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
         missing = [t.name for g in merged if index not in g.voters for t in g.tensors]
         if missing:
             notes.append(f"Expert {expert.name!r} lacks {_list(missing)}; the others decide there.")
-        if extra := [name for name in expert.extra if not (base.ties_embeddings and is_head(name))]:
+        if expert.extra:
             notes.append(
-                f"Expert {expert.name!r} has {_list(extra)}, unknown to the base; left out."
+                f"Expert {expert.name!r} has {_list(expert.extra)}, which the base lacks or ties; "
+                "left out."
             )
     if not any(group.voters for group in groups):
         raise CheckpointError(
@@ -193,6 +194,6 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
     return tuple(notes)
 
 
-def _list(names: list[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -89,8 +89,12 @@ def _cut(stack: Stack, settings: ProductSettings) -> tuple[Tensor, Lift, int]:
     if settings.chunks == "none" or rows % columns or not isinstance(stack, DenseStack):
         return updates, lift, 1
     count = rows // columns
-    pieces = updates.unflatten(-2, (count, columns)).transpose(1, 2).flatten(0, 1)
-    return pieces, lambda m: Dense(m.reshape(-1, rows, columns)), count
+    pieces = updates.reshape(*updates.shape[:2], count, columns, columns)
+    return (
+        pieces.transpose(1, 2).flatten(0, 1),
+        lambda m: Dense(m.reshape(-1, rows, columns)),
+        count,
+    )
 
 
 def _start_and_ridge(forms: Grams, tail: Tail, settings: ProductSettings) -> tuple[Tensor, Tensor]:

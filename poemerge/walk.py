@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from poemerge.atomic import write_json
 from poemerge.checkpoint import INDEX, TensorInfo
 from poemerge.device import STORED
 from poemerge.errors import CheckpointError, NumericalError, SettingError
-from poemerge.expert_files import check_finite, is_finite
+from poemerge.expert_files import AdapterExpert, check_finite, is_finite
 from poemerge.lineage import Lineage, Source
 from poemerge.method import Call, Merged
 from poemerge.methods import find
@@ -62,6 +63,7 @@ class Walk:
     def _merge_shards(self, folder: Path) -> None:
         stored = [g for g in self.plan.groups if g.rule != TIED]
         placed: dict[str, str] = {}
+        size = 0
         for file in sorted({group.file for group in stored}):
             groups = [group for group in stored if group.file == file]
             infos = [info for group in groups for info in group.tensors]
@@ -70,9 +72,11 @@ class Walk:
                 for name, tensor in self._merge_groups(groups):
                     writer.write(name, tensor)
             placed |= dict.fromkeys(layout, file)
+            size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
         self._tied()
         if self.plan.base.index:
-            _write_index(folder, placed)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+            write_json(folder / INDEX, index)
 
     def _merge_groups(self, groups: list[Group]) -> Iterator[tuple[str, Tensor]]:
         for group in groups:
@@ -103,7 +107,9 @@ class Walk:
                 factors |= {info.name: part} if isinstance(part, LowRank) else {}
             self.progress(len(self.tensors), len(self.plan.base.tensors))
         base_model = self.plan.base.config.get("_name_or_path") or self.plan.base.folder.name
-        write_adapter(folder, factors, STORED.get(self.dtype, torch.float32), str(base_model))
+        adapters = [e.adapter for e in self.plan.experts if isinstance(e, AdapterExpert)]
+        dtype = STORED.get(self.dtype, torch.float32)
+        write_adapter(folder, factors, adapters, dtype, str(base_model))
 
     def _solve(self, batch: Group, weights: list[Tensor]) -> Update:
         """The update of a batch, `strength` included, (B, *shape)."""
@@ -232,12 +238,6 @@ def _check_choices(plan: Plan, dtype: str, output: str) -> None:
             f"{dense[0]} has a dense update, which no adapter holds; choose output full, or give "
             "adapters only."
         )
-
-
-def _write_index(folder: Path, placed: Mapping[str, str]) -> None:
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
-    write_json(folder / INDEX, index)
 
 
 def _twins(experts: Sequence[Source]) -> list[str]:

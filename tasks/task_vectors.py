@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import task
 
 from poemerge.atomic import write_json
-from poemerge.lineage import Lineage, Source, produce
+from poemerge.lineage import Lineage, Source, core_code, produce
 
 
 @task
@@ -25,9 +25,11 @@ def task_vectors(base: str, experts: dict[str, str], out: str) -> bool:
     folders = {name: Path(folder) for name, folder in experts.items()}
     inputs = [Source.of(name, folder) for name, folder in {"base": Path(base), **folders}.items()]
 
+    record = Lineage("task_vectors", {}, tuple(inputs), code=core_code())
+
     def describe(folder: Path) -> None:
         from poemerge.statistics import describe_task_vectors  # noqa: PLC0415 - imports torch
 
         write_json(folder / "task_vectors.json", describe_task_vectors(Path(base), folders))
 
-    return produce(Path(out), Lineage("task_vectors", {}, tuple(inputs)), describe)
+    return produce(Path(out), record, describe)

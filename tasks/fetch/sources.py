@@ -1,0 +1,51 @@
+"""From what the user wrote to an origin: the one place where the kind of a source is decided."""
+
+import re
+from pathlib import Path
+
+from poemerge.errors import SourceError
+from tasks.fetch.gguf import open_file
+from tasks.fetch.hub import open_repository
+from tasks.fetch.local import open_folder
+from tasks.fetch.origin import Origin
+from tasks.fetch.package import locate
+
+SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]+):/{1,2}(?P<address>.*)")
+KINDS = "a folder, a .gguf file, hf://org/name@revision or package://name/path"
+
+
+def open_source(source: str, dtype: str) -> Origin:
+    """Resolve `source` to immutable bytes.
+
+    Args:
+        source: a folder, a .gguf file, `hf://org/name@revision` or `package://name/path`.
+        dtype: in which dequantised weights are stored.
+
+    Raises:
+        SourceError: the source is of no known kind, does not exist, or is refused.
+    """
+    parts = SCHEME.fullmatch(source)
+    if parts is None:
+        return open_path(Path(source), dtype)
+    match parts["scheme"]:
+        case "hf":
+            return open_repository(parts["address"])
+        case "package":
+            return open_path(locate(parts["address"]), dtype)
+        case scheme:
+            # The address may carry a password: only the scheme is repeated.
+            raise SourceError(f"A {scheme}: source cannot be fetched; give {KINDS}.")
+
+
+def open_path(path: Path, dtype: str) -> Origin:
+    """Resolve a folder or a .gguf file on this machine.
+
+    Raises:
+        SourceError: there is no such folder or file.
+    """
+    if path.is_dir():
+        return open_folder(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return open_file(path, dtype)
+    problem = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+    raise SourceError(f"{path} {problem}; give {KINDS}.")

@@ -1,0 +1,104 @@
+"""A small project of its own: tiny base, two adapters, two local tasks, git and DVC around them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CODE = ("poemerge", "tasks", "flows", "dvc.yaml", ".dvcignore", "pyproject.toml")
+TASKS = ("red", "blue")
+
+PARAMS = """\
+fetch:
+  base: {{source: {base}}}
+  experts:
+    red: {{source: data/experts/red}}
+    blue: {{source: data/experts/blue}}
+  dtype: float32
+task_vectors: {{}}
+merge:
+  device: cpu
+  dtype: source
+  strength: 1.0 # of the merged update
+  seed: 0
+  methods:
+    average: {{}}
+    task_arithmetic: {{strength: 0.5}}
+    ties: {{keep: 0.5}}
+    dare_ties: {{drop: 0.5}}
+    gaussian_poe: {{side: input, ridge: 1e-2}}
+    cauchy_poe: {{side: output, ridge: 1e-2, epsilon: 0.1}}
+evaluate:
+  include: data/tasks
+  tasks: [red, blue]
+  validation: validation
+  limit: 6
+  batch_size: 4
+  dtype: float32
+  device: cpu
+  seed: 0
+register:
+  name: tiny
+  experiment: tests
+  choose: mean
+  store: dvc
+"""
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{validation: data/tasks/{name}/validation.jsonl, test: data/tasks/{name}/test.jsonl}}
+validation_split: validation
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: [a, b]
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def make_project(folder: Path, zoo) -> Path:  # noqa: ANN001
+    """Everything that a clone has after its owner put tiny models into it."""
+    folder.mkdir()
+    for name in CODE:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, folder / name)
+    shutil.copytree(zoo.base(), folder / "data/base")
+    for seed, task in enumerate(TASKS):
+        shutil.copytree(zoo.adapter(seed + 1, noise=0.3), folder / "data/experts" / task)
+        _write_task(folder / "data/tasks", task)
+    (folder / "params.yaml").write_text(PARAMS.format(base="data/base"))
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=folder, check=True)
+    return folder
+
+
+def _write_task(folder: Path, name: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name))
+    for split in ("validation", "test"):
+        rows = [
+            {"text": f"{name} {split} {i}: ", "answer": "ab"[hash_bit(name, split, i)]}
+            for i in range(12)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name / f"{split}.jsonl").write_text(text)
+
+
+def hash_bit(*parts: object) -> int:
+    """A bit that looks random and never changes."""
+    return sum(ord(c) * (i + 1) for i, c in enumerate(repr(parts))) % 2
+
+
+@pytest.fixture
+def project(tmp_path: Path, zoo, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN001
+    """A fresh project, and the working directory in it."""
+    folder = make_project(tmp_path / "project", zoo)
+    monkeypatch.chdir(folder)
+    return folder
