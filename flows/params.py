@@ -113,7 +113,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, YAML 1.2 as DVC reads it (1e-3 is a number, a key stands once)."""
+    """The mapping in `path`, YAML 1.2 as DVC reads it: 1e-3 is a number, a key stands once."""
     try:
         tree = YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError as error:

@@ -1,0 +1,199 @@
+"""The whole flow for real: Prefect, lm-eval, MLflow and DVC on tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.pipeline import pipeline
+from poemerge.errors import CheckpointError, PoemergeError
+from poemerge.lineage import Lineage, hash_files
+from tests.flows.conftest import TASKS, make_project
+
+METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prefect() -> Iterator[None]:
+    with prefect_test_harness(), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, zoo) -> tuple[Path, dict]:  # noqa: ANN001
+    """A project after its first run; for reading only."""
+    folder = make_project(tmp_path_factory.mktemp("flow") / "project", zoo)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return folder, pipeline()
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def done(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN001
+    """A copy of that project to go on with, and the working directory in it."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished[0], folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def dvc(*arguments: str) -> str:
+    """Run DVC in the working directory, with this Python first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_first_run_does_everything(finished: tuple[Path, dict]) -> None:
+    folder, outcome = finished
+    assert outcome["made"] == [
+        *("fetch base", "fetch red", "fetch blue", "task_vectors"),
+        *(f"merge {method}" for method in METHODS),
+        *("evaluate base", "evaluate red", "evaluate blue"),
+        *(f"evaluate {method}" for method in METHODS),
+        "register",
+    ]
+    board = json.loads((folder / "artifacts/register/leaderboard.json").read_text())
+    merges = [row for row in board["rows"] if row["kind"] == "merge"]
+    assert {row["label"] for row in merges} == set(METHODS)
+    for row in merges:
+        assert {task: set(by) for task, by in row["scores"].items()} == {
+            task: {"validation", "test"} for task in TASKS
+        }
+    best = max(row["mean"]["validation"] for row in merges)
+    chosen = next(row for row in merges if row["label"] == board["chosen"])
+    assert chosen["mean"]["validation"] == best
+
+
+def test_every_merge_loads(finished: tuple[Path, dict]) -> None:
+    folder, outcome = finished
+    for path in outcome["merges"].values():
+        AutoModelForCausalLM.from_pretrained(folder / path)
+        tokenizer = AutoTokenizer.from_pretrained(folder / path)
+        assert tokenizer.decode(tokenizer("a b 12").input_ids) == "a b 12"
+
+
+def test_mlflow_holds_the_best(finished: tuple[Path, dict], monkeypatch) -> None:  # noqa: ANN001
+    folder, outcome = finished
+    monkeypatch.chdir(folder)
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    client = MlflowClient()
+    champion = client.get_model_version_by_alias("tiny", "champion")
+    challenger = client.get_model_version_by_alias("tiny", "challenger")
+    assert champion.version == challenger.version
+    assert champion.source.startswith("dvc://")
+    entry = json.loads(Path(outcome["register"], "registration.json").read_text())
+    copy = Path(mlflow.artifacts.download_artifacts("models:/tiny@champion"))
+    assert hash_files(copy) == hash_files(Path(outcome["merges"][entry["candidate"]]))
+
+
+def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
+    lock = (done / "dvc.lock").read_bytes()
+    assert pipeline()["made"] == []
+    assert (done / "dvc.lock").read_bytes() == lock
+    assert "up to date" in dvc("status")
+    assert "Data and pipelines are up to date" in dvc("repro")
+
+
+def test_repro_alone_writes_the_same_lock(done: Path) -> None:
+    lock = (done / "dvc.lock").read_bytes()
+    shutil.rmtree(done / "artifacts")
+    shutil.rmtree(done / ".dvc/cache")
+    for name in ("dvc.lock", "mlflow.db"):
+        (done / name).unlink()
+    dvc("repro")
+    assert (done / "dvc.lock").read_bytes() == lock
+    assert pipeline()["made"] == []
+
+
+def test_one_number_changes_one_merge(done: Path) -> None:
+    params = done / "params.yaml"
+    params.write_text(params.read_text().replace("keep: 0.5", "keep: 0.25"))
+    assert pipeline()["made"] == ["merge ties", "evaluate ties", "register"]
+    assert "up to date" in dvc("status")
+
+
+def test_overrides_leave_params_and_lock_alone(done: Path) -> None:
+    before = {name: (done / name).read_bytes() for name in ("dvc.lock", "params.yaml")}
+    overrides = ["merge.methods.ties.keep=0.25"]
+    outcome = pipeline(overrides=overrides)
+    assert outcome["made"] == ["merge ties", "evaluate ties", "register"]
+    assert {name: (done / name).read_bytes() for name in before} == before
+    assert "up to date" in dvc("status")
+    assert Lineage.find(Path(outcome["merges"]["ties"])).params["settings"]["keep"] == 0.25
+    assert pipeline(overrides=overrides)["made"] == []
+
+
+def test_a_tampered_output_is_made_again(done: Path) -> None:
+    weights = done / "artifacts/merge/ties/model.safetensors"
+    good = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert pipeline()["made"] == ["merge ties"]
+    assert weights.read_bytes() == good
+
+
+def test_the_command_line_gives_the_same_bytes(done: Path) -> None:
+    merged = done / "artifacts/merge/cauchy_poe"
+    command = [
+        *(sys.executable, "-m", "flows.cli", "merge", "--base", "artifacts/fetch/base"),
+        *("--expert", "artifacts/fetch/experts/red", "--expert", "artifacts/fetch/experts/blue"),
+        *("--method", "cauchy_poe", "--device", "cpu", "--out", "by-hand"),
+        *("--set", "side=output", "--set", "ridge=1e-2", "--set", "epsilon=0.1"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as tests/conftest.py sets torch
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert hash_files(done / "by-hand") == hash_files(merged)
+    assert (done / "by-hand/lineage.json").read_bytes() == (merged / "lineage.json").read_bytes()
+
+
+def test_a_refusal_leaves_no_output(done: Path) -> None:
+    expert = done / "data/experts/blue/adapter_model.safetensors"
+    expert.write_bytes(expert.read_bytes()[:-40])
+    with pytest.raises(PoemergeError) as caught:
+        pipeline()
+    assert "adapter_model.safetensors" in str(caught.value)
+    assert not list(done.glob("artifacts/**/*.partial"))
+
+
+def test_the_command_runs_with_nothing_started(project: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "run"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(project / "prefect-home"), "COLUMNS": "160"}
+    ran = subprocess.run(
+        command, cwd=project, check=False, capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    for word in (*METHODS, *TASKS, "normalised", "mlflow ui"):
+        assert word in ran.stdout
+    refused = subprocess.run(
+        [*command, "--set", "merge.methods.ties.kep=1"],
+        check=False, cwd=project, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: params.yaml")
+    assert "Traceback" not in refused.stderr
+
+
+def test_bad_weights_end_in_one_sentence(project: Path) -> None:
+    expert = project / "data/experts/blue/adapter_model.safetensors"
+    expert.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError):
+        pipeline()

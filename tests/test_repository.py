@@ -1,0 +1,78 @@
+"""The house is what it says it is: one word per stage, a README that tells the truth."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from flows.cli import main
+from flows.params import Params
+from flows.pipeline import STAGES
+from flows.reference import PAGE, reference
+from poemerge.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHARED = {"dvc_store"}  # what stands beside the stages in tasks/
+
+
+def _keys(path: str) -> list[str]:
+    return list(YAML(typ="safe").load(ROOT / path))
+
+
+def test_one_word_per_stage() -> None:
+    modules = {p.stem for p in (ROOT / "tasks").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert modules - {"__init__", "__pycache__"} - SHARED == set(STAGES)
+    assert tuple(_keys("params.yaml")) == STAGES
+    assert tuple(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]) == STAGES
+    assert tuple(f.alias or n for n, f in Params.model_fields.items()) == STAGES
+
+
+def test_the_readme_tree_is_the_real_tree() -> None:
+    tree = re.search(r"```\n(poemerge/\n.*?)```", README, flags=re.DOTALL)
+    assert tree, "README.md has no tree"
+    shown = {line.split()[0].strip("│├└─ /") for line in tree.group(1).splitlines()[1:]}
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    real = {name.split("/")[0] for name in listed if (ROOT / name).exists()}
+    hidden = {name for name in real if name.startswith(".") and name != ".ci"}
+    assert shown == real - hidden - {"dvc.lock"}
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_is_in_the_readme(name: str) -> None:
+    assert f"poemerge {name}" in README
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_and_setting_is_documented(name: str) -> None:
+    method = METHODS[name]
+    assert method.summary
+    assert method.source
+    assert f"`{name}`" in README
+    assert all(len(meaning) > 10 for _, _, meaning in method.settings.describe())
+
+
+def test_the_reference_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run `python -m flows.reference`"
+
+
+def test_every_parameter_has_a_remark() -> None:
+    lines = [line for line in (ROOT / "params.yaml").read_text().splitlines() if ":" in line]
+    section = ""
+    for line in lines:
+        if re.match(r"\w", line):
+            section = line.split(":")[0]
+        elif re.match(r"  \w", line) and not line.rstrip().endswith(("base:", "{}")):
+            assert "#" in line, f"{section}: {line.strip()} has no remark on its meaning or unit"
+
+
+def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile("\n".join(blocks), "docs/walk.md", "exec"), {})
