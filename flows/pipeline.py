@@ -15,6 +15,7 @@ from flows.places import Places
 from flows.steps import Step, steps
 
 STAGES = ("fetch", "task_vectors", "merge", "evaluate", "register")
+PLAIN = Path("params.yaml")  # what dvc.yaml and dvc.lock speak of
 PER_STEP = ("merge",)  # one DVC stage for each step
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,9 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
     """Fetch, compare, merge, evaluate and register what `params` says.
 
     Args:
-        params: path of the parameter file.
-        overrides: `a.b=c` settings for this run alone; dvc.lock then stays as it is.
+        params: path of the parameter file; what differs from params.yaml, which DVC reads, gets a
+            place of its own, and dvc.lock stays as it is.
+        overrides: `a.b=c` settings for this run alone; likewise.
 
     Returns:
         `made`: names of the steps that had something to do; `register`: folder of the leaderboard;
@@ -37,7 +39,7 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
     """
     path = Path(params)
     tree = read(path)
-    places = Places(load(path, overrides), load(path))
+    places = Places(load(path, overrides), load(PLAIN))
     if places.is_plain:
         versioning.check()
     made = []

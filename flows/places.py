@@ -5,6 +5,7 @@ them. So a step whose parameters, and those of all before it, are the plain ones
 place; any other goes below `.poemerge/runs/`, in a folder named after the overrides.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,18 @@ class Places:
     def register(self) -> Path:
         """The leaderboard and what was registered."""
         return self.own / "register"
+
+    def stale(self) -> list[Path]:
+        """Plain outputs of candidates that params.yaml names no more; DVC's cache keeps them."""
+        kept = {place(label) for label in self.plain.merge.methods for place in self._of_candidate}
+        parents = {folder.parent for folder in kept}
+        found = (folder for parent in parents if parent.is_dir() for folder in parent.iterdir())
+        return sorted(folder for folder in found if folder.is_dir() and folder not in kept)
+
+    @property
+    def _of_candidate(self) -> tuple[Callable[[str], Path], ...]:
+        plain = Places(self.plain, self.plain)
+        return plain.merge, lambda label: plain.evaluation("merge", label)
 
     def log(self, stage: str, label: str) -> Path:
         """Seconds and peak memory of a step; no part of what DVC hashes."""

@@ -1,22 +1,21 @@
 """The steps of each stage: which task, with which arguments, into which folder."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect.tasks import Task
-from tasks.evaluate import evaluate
 
 from flows.meter import measure
 from flows.params import Params
 from flows.places import Places
+from tasks.evaluate import evaluate
 from tasks.fetch import fetch
 from tasks.merge import merge
 from tasks.register import register
 from tasks.task_vectors import task_vectors
-
-TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,14 @@ class Step:
 
 
 def steps(stage: str, places: Places, overrides: tuple[str, ...] = ()) -> Iterator[Step]:
-    """The steps of `stage` in order."""
+    """The steps of `stage` in order.
+
+    Before evaluating, candidates that are no longer named are cleared away: they would count in
+    what DVC hashes.
+    """
+    if stage == "evaluate":
+        for folder in places.stale():
+            shutil.rmtree(folder)
     build = {
         "fetch": _fetch,
         "task_vectors": _task_vectors,
@@ -116,17 +122,17 @@ def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Ca
             "out": str(places.evaluation(kind, candidate)),
             "tasks": tasks,
             "splits": splits,
-            **params.evaluate.model_dump(exclude={"tasks", "validation"}),
+            **params.evaluate.model_dump(exclude={"tasks"}),
         }
         return candidate, evaluate, arguments
 
-    every, both = list(params.evaluate.tasks), [params.evaluate.validation, TEST]
-    yield scoring("base", "base", None, every, [TEST])
+    every = list(params.evaluate.tasks)
+    yield scoring("base", "base", None, every, ["test"])
     for name, folder in places.experts.items():
         if name in every:
-            yield scoring("expert", name, folder, [name], [TEST])
+            yield scoring("expert", name, folder, [name], ["test"])
     for label in params.merge.methods:
-        yield scoring("merge", label, places.merge(label), every, both)
+        yield scoring("merge", label, places.merge(label), every, ["validation", "test"])
 
 
 def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Iterator[Call]:
@@ -143,7 +149,6 @@ def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Ite
         "logs": {label: str(places.log("merge", label)) for label in labels},
         "out": str(places.register),
         "tasks": list(params.evaluate.tasks),
-        "validation": params.evaluate.validation,
         **params.register_.model_dump(),
         "params": params.sections,
         "overrides": list(overrides),

@@ -42,6 +42,8 @@ class FullExpert:
         self._checkpoint = Checkpoint(folder)
         self._names = _align(base.tensors, self._checkpoint.tensors)
         _require_common(name, folder, base, self._names)
+        for own, other in self._names.items():
+            _check_shape(name, self._checkpoint.tensors[other].shape, base.tensors[own])
         known = set(self._names.values())
         self.extra = tuple(
             name
@@ -50,11 +52,8 @@ class FullExpert:
         )
 
     def votes(self, info: TensorInfo) -> bool:
-        """True if the checkpoint holds the tensor; its shape is checked here."""
-        if info.name not in self._names:
-            return False
-        _check_shape(self.name, self._checkpoint.tensors[self._names[info.name]], info)
-        return True
+        """True if the checkpoint holds the tensor."""
+        return info.name in self._names
 
     def rank(self, info: TensorInfo) -> int | None:  # noqa: ARG002
         """None: a full fine-tune is dense everywhere."""
@@ -80,7 +79,17 @@ class AdapterExpert:
         targets = (*self.adapter.factors, *self.adapter.replaced)
         _require_common(name, folder, base, {t: t for t in targets if t in base.tensors})
         self.extra = tuple(sorted(t for t in targets if not _has_place(t, base)))
+        self._check_shapes(base)
         self._check_base_layers(base)
+
+    def _check_shapes(self, base: Checkpoint) -> None:
+        for name, key in self.adapter.replaced.items():
+            if name in base.tensors:
+                _check_shape(self.name, self.adapter.tensors[key].shape, base.tensors[name])
+        for name in self.adapter.factors:
+            rows, _, columns = self.adapter.shape(name)
+            if name in base.tensors:
+                _check_shape(self.name, (rows, columns), base.tensors[name])
 
     def _check_base_layers(self, base: Checkpoint) -> None:
         for name, key in self.adapter.base_layers.items():
@@ -99,18 +108,9 @@ class AdapterExpert:
 
     def rank(self, info: TensorInfo) -> int | None:
         """Rank of the factors; None for a tensor that the adapter replaces whole."""
-        if whole := self.adapter.replaced.get(info.name):
-            _check_shape(self.name, self.adapter.tensors[whole], info)
+        if info.name in self.adapter.replaced:
             return None
-        if info.name not in self.adapter.factors:
-            return 0
-        rows, rank, columns = self.adapter.shape(info.name)
-        if (rows, columns) != info.shape:
-            raise CheckpointError(
-                f"{info.name} has shape {(rows, columns)} in adapter {self.name!r} and "
-                f"{info.shape} in the base; it was trained on another base."
-            )
-        return rank
+        return self.adapter.shape(info.name)[1] if info.name in self.adapter.factors else 0
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """Scaled factors, a dense difference for replaced tensors, zero for the rest."""
@@ -183,9 +183,9 @@ def _require_common(name: str, folder: Path, base: Checkpoint, names: dict[str, 
         )
 
 
-def _check_shape(expert: str, found: TensorInfo, base: TensorInfo) -> None:
-    if found.shape != base.shape:
+def _check_shape(expert: str, shape: tuple[int, ...], base: TensorInfo) -> None:
+    if shape != base.shape:
         raise CheckpointError(
-            f"{base.name} has shape {found.shape} in expert {expert!r} and {base.shape} in the "
+            f"{base.name} has shape {shape} in expert {expert!r} and {base.shape} in the "
             "base; bring both to one shape (the same vocabulary, say) before merging."
         )

@@ -19,7 +19,7 @@ from poemerge.rules import COPY, MATRIX, TIED, VOCABULARY, rule_for
 from poemerge.settings import Settings
 
 BATCH_BYTES = 64 << 20  # of updates held at once; a larger tensor goes alone
-WORKING_COPIES = 4  # of a batch of updates that a method holds at its peak
+WORKING_COPIES = 5  # of a batch of updates that a method holds at its peak; fp64 is two
 OVERHEAD = 350 << 20  # Python, torch and the files' headers
 
 
@@ -40,7 +40,7 @@ class Group:
 
     @property
     def in_factors(self) -> bool:
-        """True if every voter's update is kept in factors."""
+        """True if every voter's update is kept in factors, all the way."""
         return bool(self.ranks) and all(rank is not None for rank in self.ranks)
 
     @property
@@ -57,15 +57,13 @@ class Group:
             part = self.tensors[start : start + size]
             yield Group(self.rule, self.shape, self.voters, self.ranks, part)
 
-    def peak_bytes(self, method: Method) -> int:
+    def peak_bytes(self, side: str) -> int:
         """Memory while this group is merged: updates, what the method holds, base and result."""
-        dense = 4 * math.prod(self.shape)
         work = self.update_bytes * WORKING_COPIES
-        if self.in_factors and not method.factors:
-            work += dense * len(self.voters) * WORKING_COPIES
         if self.rule in {MATRIX, VOCABULARY} and not self.in_factors:
-            work += 4 * (len(self.voters) + 3) * min(self.shape) ** 2
-        return len(self.tensors) * (work + 3 * dense)
+            feature = self.rule == VOCABULARY or side == "input"
+            work += 8 * (len(self.voters) + 3) * self.shape[feature] ** 2
+        return len(self.tensors) * (work + 12 * math.prod(self.shape))
 
 
 @dataclass
@@ -88,7 +86,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Estimate of the largest resident memory, whole process."""
-        parts = (part.peak_bytes(self.method) for group in self.groups for part in group.batches())
+        side = getattr(self.settings, "side", "")
+        parts = (part.peak_bytes(side) for group in self.groups for part in group.batches())
         return OVERHEAD + max(parts, default=0)
 
     @property
@@ -143,7 +142,7 @@ def _check_names(experts: tuple[str, ...], settings: Settings) -> None:
         raise SettingError("No expert is given; a merge needs at least one.")
     for name in settings.weights:
         if name not in experts:
-            raise SettingError(f"weights names {name!r}, but the experts are {', '.join(experts)}.")
+            raise SettingError(f"weights names no expert by {name!r}; use {', '.join(experts)}.")
     if not any(settings.weights.get(name, 1.0) > 0 for name in experts):
         raise SettingError("weights gives every expert 0; leave at least one a say.")
 
@@ -167,7 +166,7 @@ def _group_key(
     rule = rule_for(info, base, structured=method.structured, touched=touched)
     if rule in {COPY, TIED}:
         voters, ranks = (), ()
-    if len(info.shape) != 2:
+    if len(info.shape) != 2 or not method.factors:
         ranks = tuple(None for _ in ranks)
     return rule, info.shape, voters, ranks, info.dtype, info.file
 
@@ -190,7 +189,7 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
             "No expert changes any tensor of the base; there is nothing to merge."
         )
     if not any(base.folder.glob("tokenizer*")):
-        notes.append(f"The base {base.folder.name} has no tokenizer; the merge has none either.")
+        notes.append(f"The base ({base.folder.name}) has no tokenizer; the merge has none either.")
     return tuple(notes)
 
 

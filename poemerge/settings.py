@@ -97,7 +97,8 @@ def _checked(field_: Field[Any], value: Any) -> Any:
 def _word(field_: Field[Any], value: Any) -> str:
     choices = field_.metadata["choices"]
     if value not in choices:
-        raise SettingError(f"{field_.name} is {value!r}; choose one of {', '.join(choices)}.")
+        words = ", ".join(choice or "''" for choice in choices)
+        raise SettingError(f"{field_.name} is {value!r}; choose one of {words}.")
     return str(value)
 
 

@@ -257,5 +257,5 @@ def _twins(experts: Sequence[Source]) -> list[str]:
 
 def _seed(seed: int, tensor: str, expert: str) -> int:
     """A seed of its own for each draw, whatever the order of the walk."""
-    text = f"{seed}/{tensor}/{expert}".encode()
+    text = f"{seed}\0{tensor}\0{expert}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

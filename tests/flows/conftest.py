@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = ("poemerge", "tasks", "flows", "dvc.yaml", ".dvcignore", "pyproject.toml")
+CODE = ("poemerge", "tasks", "flows", "dvc.yaml", ".dvcignore", ".gitignore")
 TASKS = ("red", "blue")
 
 PARAMS = """\

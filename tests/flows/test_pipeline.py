@@ -78,7 +78,7 @@ def test_the_first_run_does_everything(finished: tuple[Path, dict]) -> None:
             task: {"validation", "test"} for task in TASKS
         }
     best = max(row["mean"]["validation"] for row in merges)
-    chosen = next(row for row in merges if row["label"] == board["chosen"])
+    chosen = next(row for row in merges if row["label"] == board["best"])
     assert chosen["mean"]["validation"] == best
 
 

@@ -1,0 +1,183 @@
+"""References to folders in the DVC cache.
+
+The path in a reference is for people, the hash decides: it is the one that `dvc.lock` has for that
+output, so a reference never changes its meaning, whatever stands at the path today.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote, unquote
+
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.fs import localfs
+from dvc.logger import set_loggers_level
+from dvc.repo import Repo
+from dvc_data.hashfile.build import build
+from dvc_data.hashfile.hash import file_md5
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.transfer import transfer
+from dvc_data.hashfile.tree import Tree
+
+from poemerge.errors import SettingError, SourceError
+
+SCHEME = "dvc"
+ROOT_VARIABLE = "POEMERGE_DVC_ROOT"
+OID = re.compile(r"[0-9a-f]{32}\.dir")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A folder's content at one moment.
+
+    Attributes:
+        path: where it stood, relative to the DVC repository.
+        oid: DVC's hash of the whole folder, `<md5>.dir`.
+    """
+
+    path: str
+    oid: str
+
+    @property
+    def uri(self) -> str:
+        """The reference as MLflow stores it and people read it."""
+        return f"{SCHEME}://{quote(self.path)}/{self.oid}"
+
+    @classmethod
+    def parse(cls, uri: str) -> tuple[Self, str]:
+        """Split a URI into the folder that it names and the path inside that folder.
+
+        Raises:
+            SourceError: the URI names no content.
+        """
+        parts = uri.removeprefix(f"{SCHEME}:").strip("/").split("/")
+        for position, part in enumerate(parts):
+            if OID.fullmatch(part):
+                inside = "/".join(parts[position + 1 :])
+                return cls(unquote("/".join(parts[:position])), part), inside
+        message = f"{uri} names no content; write dvc://<path>/<md5>.dir, as dvc.lock has it."
+        raise SourceError(message)
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One file in the DVC cache."""
+
+    path: Path
+    md5: str
+
+    def copy(self, target: Path) -> None:
+        """Copy the file to `target`, and check what arrived.
+
+        Raises:
+            SourceError: the cache holds other bytes than the reference asks for.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, target)
+        if file_md5(os.fspath(target), localfs) != self.md5:
+            target.unlink()
+            message = (
+                f"{self.path} in the DVC cache is damaged; delete it and make or pull it again."
+            )
+            raise SourceError(message)
+
+
+@contextmanager
+def repository() -> Iterator[Any]:
+    """The DVC repository around POEMERGE_DVC_ROOT, or else around the working directory, silent.
+
+    Raises:
+        SettingError: there is none.
+    """
+    root = os.environ.get(ROOT_VARIABLE) or "."
+    try:
+        found = Repo(root)
+    except NotDvcRepoError as error:
+        place = Path(root).resolve()
+        message = f"{place} is no DVC repository; run `dvc init` there, or set {ROOT_VARIABLE}."
+        raise SettingError(message) from error
+    with found as repo, set_loggers_level(logging.CRITICAL):  # no progress bars, no hints
+        yield repo
+
+
+def put(folder: Path) -> Reference:
+    """Bring `folder` into the DVC cache, as `dvc commit` would, and leave dvc.lock alone.
+
+    Raises:
+        SettingError: there is no DVC repository.
+        SourceError: the folder lies outside it, or the cache refused a file.
+    """
+    with repository() as repo:
+        root, place = Path(repo.root_dir).resolve(), folder.resolve()
+        if not place.is_relative_to(root):
+            message = f"{place} lies outside the DVC repository {root}; move it inside."
+            raise SourceError(message)
+        cache = repo.cache.local
+        try:
+            staging, _, tree = build(cache, os.fspath(place), localfs, "md5", ignore=repo.dvcignore)
+            failed = transfer(staging, cache, {tree.hash_info}, shallow=False).failed
+        except OSError as error:
+            message = f"{folder} could not get into {cache.path} ({error}); mend that folder."
+            raise SourceError(message) from error
+        if failed:
+            message = f"{folder} could not get into {cache.path}; is the disk full or read-only?"
+            raise SourceError(message)
+        return Reference(place.relative_to(root).as_posix(), tree.hash_info.value)
+
+
+def contents(reference: Reference) -> dict[str, Blob]:
+    """The files of a reference by relative path; what the cache lacks comes from the DVC remote.
+
+    Raises:
+        SettingError: there is no DVC repository.
+        SourceError: neither the cache nor the remote has all of it.
+    """
+    with repository() as repo:
+        found = _cached(repo, reference)
+        if found is None:
+            _pull(repo, reference)
+            found = _cached(repo, reference)
+        if found is None:
+            message = (
+                f"{reference.uri} is neither in the DVC cache nor in its remote; "
+                "make it again, or push it from where it was made."
+            )
+            raise SourceError(message)
+        return found
+
+
+def _cached(repo: Any, reference: Reference) -> dict[str, Blob] | None:
+    cache = repo.cache.local
+    files = {
+        name: Blob(Path(cache.oid_to_path(info.value)), info.value)
+        for name, info in _listed(cache, reference).items()
+    }
+    return files if files and all(blob.path.is_file() for blob in files.values()) else None
+
+
+def _listed(cache: Any, reference: Reference) -> dict[str, HashInfo]:
+    try:
+        tree = Tree.load(cache, HashInfo("md5", reference.oid))
+    except FileNotFoundError:
+        return {}
+    return {"/".join(key): info for key, (_, info) in sorted(tree.iteritems())}
+
+
+def _pull(repo: Any, reference: Reference) -> None:
+    cache = repo.cache.local
+    try:
+        remote = repo.cloud.get_remote_odb(command="pull")
+        transfer(remote, cache, {HashInfo("md5", reference.oid)}, verify=remote.verify)
+        transfer(remote, cache, set(_listed(cache, reference).values()), verify=remote.verify)
+    except (DvcException, OSError) as error:
+        message = (
+            f"{reference.uri} is not in the DVC cache and could not be pulled "
+            f"({' '.join(str(error).split())}); set a DVC remote that has it, or make it again."
+        )
+        raise SourceError(message) from error

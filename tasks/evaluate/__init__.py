@@ -1,0 +1,138 @@
+"""evaluate: one candidate, scored by lm-eval on tasks and splits, item by item."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+
+from poemerge.atomic import write_json
+from poemerge.errors import SourceError
+from poemerge.lineage import Lineage, Source, package_versions, produce, sha256
+from tasks.evaluate.task_files import TaskFiles, find_tasks
+
+STAGE = "evaluate"
+FORMAT = "poemerge/evaluation/1"  # raise it when the files of this stage change their meaning
+RESULTS = "results.json"
+ITEMS = "items.json"
+MODEL_FILES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
+REPORTS = frozenset({"lineage.json", "merge_report.json"})
+TASK = "task:"  # marks tasks among the inputs, where an expert may have the same name
+TOOLS = ("lm_eval", "transformers", "tokenizers", "datasets")
+
+Cells = dict[str, dict[str, Any]]  # task → split → what is said of it
+
+
+@task
+def evaluate(
+    candidate: str,
+    kind: Literal["base", "expert", "merge"],
+    base: Path | str,
+    weights: Path | str | None,
+    out: Path | str,
+    *,
+    tasks: Sequence[str],
+    splits: Sequence[str],
+    include: Path | str,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    seed: int,
+    validation: str,
+) -> bool:
+    """Score one candidate and write results.json and items.json, unless they are up to date.
+
+    Only what changed is scored again: a task whose files are the same keeps its scores as long as
+    model, settings and code are the same too. Of a task that is built into lm-eval, data and YAML
+    are taken as fixed by lm-eval's version.
+
+    Args:
+        candidate: its name in the results.
+        kind: `base`; `expert`: seen as an update of the base; `merge`: scored as it is stored.
+        base: folder of the base; its config and tokenizer serve all candidates.
+        weights: a checkpoint or adapter folder; None for the base itself.
+        out: folder to make.
+        tasks: names of local tasks, or of tasks that are built into lm-eval (these need the hub).
+        splits: of `validation` and `test`; test is the split that lm-eval scores by itself.
+        include: folder of lm-eval YAML files. They may run code (`!function`, templates): only
+            name a folder that you trust.
+        limit: items per task and split, from the first; None for all.
+        batch_size: items per forward pass.
+        dtype: in which the model computes: float32, bfloat16 or float16.
+        device: `auto`, `cpu` or `cuda[:i]`.
+        seed: for few-shot examples and for generation that samples.
+        validation: split of the data on which merges are chosen; must not be the test split.
+
+    Returns:
+        True if something was scored, False if all of it was there already.
+
+    Raises:
+        SettingError: a task, split, dtype or device is unknown, or a task's files are broken.
+        SourceError: the data of a built-in task cannot be loaded, or a folder is missing.
+        CheckpointError: the weights do not fill the base's model, or a tokenizer is missing.
+    """
+    from poemerge.device import describe_device, pick_device  # noqa: PLC0415  torch: 1 s
+
+    base, out = Path(base), Path(out)
+    weights = None if weights is None else Path(weights)
+    how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    how |= {"dtype": dtype, "device": device, "validation": validation}
+    found = find_tasks(tasks, Path(include))
+    models = {"base": base} if weights is None else {"base": base, "candidate": weights}
+    record = Lineage(
+        STAGE,
+        {"format": FORMAT, "candidate": candidate, "kind": kind, "splits": list(splits)}
+        | how
+        | {tool: metadata.version(tool) for tool in TOOLS[:2]},
+        (*(_model(role, folder) for role, folder in models.items()), *map(_task, found)),
+        device=describe_device(pick_device(device)),
+        packages=dict(package_versions()) | {tool: metadata.version(tool) for tool in TOOLS},
+    )
+    old_results, old_items = _kept(out, record)
+
+    def work(folder: Path) -> None:
+        from tasks.evaluate.harness import Harness  # noqa: PLC0415  lm-eval: 5 s
+
+        harness = Harness(base, record.inputs[0].digest, **how)
+        missing = [task for task in found if task.name not in old_results]
+        new = harness.score(candidate, kind, weights, missing, splits)
+        results = old_results | {t: {s: of[s].summary() for s in of} for t, of in new.items()}
+        items = old_items | {t: {s: of[s].items() for s in of} for t, of in new.items()}
+        head = {"candidate": candidate, "kind": kind}
+        write_json(folder / RESULTS, head | {"scores": {name: results[name] for name in tasks}})
+        write_json(folder / ITEMS, {name: items[name] for name in tasks})
+
+    return produce(out, record, work)
+
+
+def _model(role: str, folder: Path) -> Source:
+    """What is read of a model folder. A card, a report or a record in it changes no score."""
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder; fetch or merge the {role} first.")
+    files = (file for file in sorted(folder.iterdir()) if file.suffix in MODEL_FILES)
+    return Source(role, {file.name: sha256(file) for file in files if file.name not in REPORTS})
+
+
+def _task(task: TaskFiles) -> Source:
+    return Source(TASK + task.name, {file.name: file.sha256 for file in task.files})
+
+
+def _kept(out: Path, record: Lineage) -> tuple[Cells, Cells]:
+    """Results and items in `out` that still hold, though others there may not."""
+    old = Lineage.find(out)
+    if old is None or not old.is_current(out) or _apart(old).key != _apart(record).key:
+        return {}, {}
+    then, now = ({source.name: source.digest for source in r.inputs} for r in (old, record))
+    same = [n.removeprefix(TASK) for n in now if n.startswith(TASK) and then.get(n) == now[n]]
+    results = json.loads((out / RESULTS).read_text(encoding="utf-8"))["scores"]
+    items: Mapping[str, Any] = json.loads((out / ITEMS).read_text(encoding="utf-8"))
+    return {task: results[task] for task in same}, {task: items[task] for task in same}
+
+
+def _apart(record: Lineage) -> Lineage:
+    """The record apart from its tasks."""
+    return replace(record, inputs=tuple(s for s in record.inputs if not s.name.startswith(TASK)))

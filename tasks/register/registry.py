@@ -1,0 +1,194 @@
+"""The MLflow side: a run for every candidate, and a model version for the best one."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.time import get_current_time_millis
+
+from poemerge.errors import SourceError
+from poemerge.lineage import RECORD, Lineage, Source, digest
+from tasks.dvc_store import reference
+from tasks.register.heatmap import heatmap
+from tasks.register.leaderboard import Cost, Row, Sweep
+
+DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
+DIGEST = "poemerge.digest"
+CHALLENGER, CHAMPION = "challenger", "champion"
+COPY = "model"  # artifact folder of the weights where they are copied into MLflow
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The version to be made.
+
+    Attributes:
+        name: of the registered model.
+        candidate: label of the merge.
+        method: that made it.
+        base: what was merged into.
+        digest: sha256 over the folder's files; one digest has one version.
+        source: `dvc://` reference, or empty to copy the folder into MLflow.
+        scores: split → task, `mean` and `normalised` → score.
+    """
+
+    name: str
+    candidate: str
+    method: str
+    base: str
+    digest: str
+    source: str
+    scores: Mapping[str, Mapping[str, float]]
+
+    @property
+    def description(self) -> str:
+        """Base, method and scores in words."""
+        test = dict(self.scores["test"])
+        mean, normalised = test.pop("mean"), test.pop("normalised", None)
+        each = ", ".join(f"{task} {score:.1%}" for task, score in test.items())
+        words = f"Merge `{self.candidate}` (method {self.method}) of experts of {self.base}. "
+        words += f"Test: {each}; mean {mean:.1%}."
+        if normalised is not None:
+            words += f" On average {normalised:.1%} of what each task's own expert scores."
+        return words
+
+
+def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> Entry:
+    """Describe the best merge of a sweep, its bytes brought to where MLflow can point."""
+    best = sweep.board.best
+    source = reference.put(sweep.merges[best.label]).uri if store == "dvc" else ""
+    method = (model.parent or {})["params"].get("method", best.label)
+    return Entry(name, best.label, method, base, model.digest, source, best.summary())
+
+
+@contextmanager
+def connected() -> Iterator[MlflowClient]:
+    """A client of MLFLOW_TRACKING_URI (default: mlflow.db here), its database initialised.
+
+    Raises:
+        SourceError: MLflow refused something or cannot be reached.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        yield client
+    except MlflowException as error:
+        reason = " ".join(str(error).split())
+        message = f"MLflow at {uri} refused ({reason}); mend it, or set MLFLOW_TRACKING_URI."
+        raise SourceError(message) from error
+
+
+def holds(name: str, digest: str) -> bool:
+    """True if MLflow has a version of `name` with exactly these bytes."""
+    with connected() as client:
+        return _find(client, name, digest) is not None
+
+
+def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
+    """Log all candidates and register the best: challenger, and champion if there is none."""
+    board = sweep.board
+    tags = {"poemerge.stage": "register", "poemerge.overrides": " ".join(sweep.overrides)}
+    with connected() as client:
+        known = client.get_experiment_by_name(experiment)
+        place = known.experiment_id if known else client.create_experiment(experiment)
+        with _run(client, place, entry.name, tags) as parent:
+            client.log_dict(parent, board.as_json(), "leaderboard.json")
+            client.log_dict(parent, dict(sweep.params), "params.yaml")
+            client.log_figure(parent, heatmap(board), "leaderboard.png")
+            client.log_batch(parent, metrics=_metrics(board.best, Cost()))
+            runs = [_candidate(client, place, parent, row, sweep) for row in board.rows]
+            version = _find(client, entry.name, entry.digest)
+            if version is None:
+                version = _create(client, entry, runs[board.rows.index(board.best)], sweep)
+        number = str(version.version)  # int from SQL, str over REST
+        client.set_registered_model_alias(entry.name, CHALLENGER, number)
+        if CHAMPION not in client.get_registered_model(entry.name).aliases:
+            client.set_registered_model_alias(entry.name, CHAMPION, number)
+
+
+def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name = '{name}' and tag.`{DIGEST}` = '{digest}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+@contextmanager
+def _run(client: MlflowClient, place: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
+    run = client.create_run(place, run_name=name, tags=dict(tags)).info.run_id
+    try:
+        yield run
+    except BaseException:
+        client.set_terminated(run, "FAILED")
+        raise
+    client.set_terminated(run)
+
+
+def _candidate(client: MlflowClient, place: str, parent: str, row: Row, sweep: Sweep) -> str:
+    folder = sweep.merges[row.label] if row.kind == "merge" else None
+    made = Lineage.find(folder) if folder else None
+    params = _flat(made.params) if made else {}
+    tags = {
+        "mlflow.parentRunId": parent,
+        "poemerge.kind": row.kind,
+        "poemerge.stage": made.stage if made else "fetch",
+        "poemerge.method": params.get("method", row.kind),
+    }
+    if made:
+        tags[DIGEST] = digest(dict(made.outputs))
+    with _run(client, place, row.label, tags) as run:
+        cost = sweep.costs.get(row.label, Cost()) if made else Cost()
+        logged = [Param(key, value) for key, value in params.items()]
+        client.log_batch(run, metrics=_metrics(row, cost), params=logged)
+        for file in (folder / RECORD, folder / "merge_report.json") if folder else ():
+            if file.is_file():
+                client.log_artifact(run, os.fspath(file))
+    return run
+
+
+def _metrics(row: Row, cost: Cost) -> list[Metric]:
+    scores = row.summary().items()
+    values = {f"{split}/{key}": value for split, cells in scores for key, value in cells.items()}
+    values |= {key: value for key, value in vars(cost).items() if value is not None}
+    now = get_current_time_millis()
+    return [Metric(key, float(value), now, 0) for key, value in values.items()]
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> ModelVersion:
+    if not client.search_registered_models(f"name = '{entry.name}'"):
+        client.create_registered_model(entry.name)
+    source = entry.source
+    if not source:
+        client.log_artifacts(run, os.fspath(sweep.merges[entry.candidate]), COPY)
+        source = f"{client.get_run(run).info.artifact_uri}/{COPY}"
+    tags = {
+        DIGEST: entry.digest,
+        "poemerge.method": entry.method,
+        "poemerge.base": entry.base,
+        "poemerge.overrides": " ".join(sweep.overrides),
+    }
+    return client.create_model_version(
+        entry.name,
+        source,
+        run_id=run,
+        tags=tags,
+        description=entry.description,
+        await_creation_for=0,  # SQL stores have it ready when they answer
+    )

@@ -1,0 +1,80 @@
+"""What all tests share: tiny real models, made here, and tools that leave this machine alone."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+import torch
+from hypothesis.configuration import set_hypothesis_home_dir
+
+if TYPE_CHECKING:
+    from tests.zoo import Zoo
+
+# Set here, since the tools read these when a test file first imports them.
+_HOME = Path(tempfile.mkdtemp(prefix="poemerge-tests-"))
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+_FOREIGN = (
+    "DVC_ROOT",
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_TRACKING_URI",
+    "POEMERGE_DVC_ROOT",
+    "PREFECT_API_KEY",
+    "PREFECT_API_URL",
+    "PREFECT_PROFILE",
+)
+for _key in _FOREIGN:
+    os.environ.pop(_key, None)
+os.environ |= {
+    "DO_NOT_TRACK": "true",
+    "DVC_GLOBAL_CONFIG_DIR": str(_HOME / "dvc"),
+    "DVC_NO_ANALYTICS": "true",
+    "DVC_SITE_CACHE_DIR": str(_HOME / "dvc-site"),
+    "DVC_SYSTEM_CONFIG_DIR": str(_HOME / "dvc-system"),
+    "GIT_AUTHOR_EMAIL": "tests@localhost",
+    "GIT_AUTHOR_NAME": "tests",
+    "GIT_COMMITTER_EMAIL": "tests@localhost",
+    "GIT_COMMITTER_NAME": "tests",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": str(_HOME / "hf"),
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MPLCONFIGDIR": str(_HOME / "matplotlib"),
+    "PREFECT_HOME": str(_HOME / "prefect"),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+set_hypothesis_home_dir(_HOME / "hypothesis")
+hypothesis.settings.register_profile(
+    "poemerge", max_examples=25, derandomize=True, deadline=None, database=None
+)
+hypothesis.settings.load_profile("poemerge")
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> "Zoo":
+    """The maker of tiny models."""
+    from tests.zoo import Zoo  # imports transformers, which not every test needs
+
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(autouse=True)
+def _own_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server, store or repository of the person who runs the tests is ever touched."""
+    for key in _FOREIGN:
+        monkeypatch.delenv(key, raising=False)

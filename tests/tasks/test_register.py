@@ -1,0 +1,352 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.repo import Repo
+from mlflow import MlflowClient
+
+from poemerge.atomic import write_json
+from poemerge.errors import SettingError, SourceError
+from poemerge.lineage import Lineage, Source, produce
+from tasks.register import register
+from tasks.register.leaderboard import Leaderboard
+
+TASKS = ("odd", "even")
+SETTINGS: dict[str, Any] = {
+    "tasks": TASKS,
+    "name": "tiny-merged",
+    "experiment": "tests",
+    "choose": "mean",
+    "store": "dvc",
+    "params": {"merge": {"strength": 1.0}},
+    "overrides": ("merge.strength=1.0",),
+}
+ROOT = Path(__file__).parents[2]
+
+
+class Project:
+    """Folders as the earlier stages leave them; every file is tiny, every record is real."""
+
+    artifacts = Path("artifacts")
+
+    def fetch(self) -> None:
+        record = Lineage("fetch", {}, uri="hf://org/tiny@1")
+        produce(self.artifacts / "fetch/base", record, lambda f: write_json(f / "config.json", {}))
+
+    def merge(self, label: str, text: str, **settings: Any) -> None:
+        def work(folder: Path) -> None:
+            (folder / "model.safetensors").write_text(text)
+            write_json(folder / "merge_report.json", {"tensors": 1})
+
+        record = Lineage("merge", {"method": f"{label}_poe", "settings": settings})
+        produce(self.artifacts / "merge" / label, record, work)
+        write_json(self.artifacts / f"log/merge-{label}.json", {"seconds": 2.5, "peak_bytes": 1024})
+
+    def evaluate(self, place: str, candidate: Path, scores: Mapping[str, Any]) -> None:
+        record = Lineage("evaluate", {"scores": scores}, (Source.of("candidate", candidate),))
+        out = self.artifacts / "evaluate" / place
+        produce(out, record, lambda f: write_json(f / "results.json", {"scores": scores}))
+
+    def evaluate_merge(self, label: str, score: float) -> None:
+        both = {split: {"score": score} for split in ("validation", "test")}
+        folder = self.artifacts / "merge" / label
+        self.evaluate(f"merges/{label}", folder, dict.fromkeys(TASKS, both))
+
+    def register(self, **changes: Any) -> bool:
+        root = os.fspath(self.artifacts)
+        labels = ("average", "cauchy")
+        evaluations = {
+            "base": {"base": f"{root}/evaluate/base"},
+            "expert": {task: f"{root}/evaluate/experts/{task}" for task in TASKS},
+            "merge": {label: f"{root}/evaluate/merges/{label}" for label in labels},
+        }
+        places = {
+            "base": f"{root}/fetch/base",
+            "merges": {label: f"{root}/merge/{label}" for label in labels},
+            "evaluations": evaluations,
+            "logs": {label: f"{root}/log/merge-{label}.json" for label in labels},
+            "out": f"{root}/register",
+        }
+        return register.fn(**places | SETTINGS | changes)
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised MLflow database; making one takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> Project:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(database, "mlflow.db")
+    subprocess.run(["git", "init", "-q"], check=True)
+    Repo.init().close()
+    made = Project()
+    made.artifacts.joinpath("log").mkdir(parents=True)
+    made.fetch()
+    base = made.artifacts / "fetch/base"
+    made.evaluate("base", base, {task: {"test": {"score": 0.25}} for task in TASKS})
+    for task in TASKS:
+        made.evaluate(f"experts/{task}", base, {task: {"test": {"score": 0.8}}})
+    made.merge("average", "mean weights")
+    made.merge("cauchy", "robust weights", ridge=0.5, weights=[1, 2])
+    made.evaluate_merge("average", 0.4)
+    made.evaluate_merge("cauchy", 0.6)
+    return made
+
+
+def client() -> MlflowClient:
+    local = f"sqlite:///{Path('mlflow.db').resolve()}"
+    return MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", local))
+
+
+def runs() -> list[Any]:
+    place = client().get_experiment_by_name("tests").experiment_id
+    return list(client().search_runs([place], order_by=["attributes.start_time ASC"]))
+
+
+def version(alias: str) -> Any:
+    return client().get_model_version_by_alias("tiny-merged", alias)
+
+
+def test_the_best_becomes_a_version_with_everything_about_it(project: Project) -> None:
+    assert project.register()
+    best = version("champion")
+    assert best.version == version("challenger").version
+    source = Source.of("cauchy", project.artifacts / "merge/cauchy")
+    assert best.tags == {
+        "poemerge.digest": source.digest,
+        "poemerge.method": "cauchy_poe",
+        "poemerge.base": "hf://org/tiny@1",
+        "poemerge.overrides": "merge.strength=1.0",
+    }
+    assert best.description == (
+        "Merge `cauchy` (method cauchy_poe) of experts of hf://org/tiny@1. Test: odd 60.0%, "
+        "even 60.0%; mean 60.0%. On average 75.0% of what each task's own expert scores."
+    )
+    assert best.source.startswith("dvc://artifacts/merge/cauchy/")
+    assert client().get_run(best.run_id).info.run_name == "cauchy"
+
+
+def test_every_candidate_is_a_run_below_one_parent(project: Project) -> None:
+    project.register()
+    parent, *children = runs()
+    assert [run.info.run_name for run in children] == ["base", "odd", "even", "cauchy", "average"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    best = children[3]
+    assert best.data.params == {
+        "method": "cauchy_poe",
+        "settings.ridge": "0.5",
+        "settings.weights": "[1, 2]",
+    }
+    assert best.data.metrics == pytest.approx(
+        {
+            **{f"{split}/{name}": 0.6 for split in ("test", "validation")
+               for name in (*TASKS, "mean")},
+            "test/normalised": 0.75, "validation/normalised": 0.75,
+            "seconds": 2.5, "peak_bytes": 1024,
+        }
+    )  # fmt: skip
+    assert best.data.tags["poemerge.stage"] == "merge"
+    assert best.data.tags["poemerge.digest"] == version("champion").tags["poemerge.digest"]
+    names = {run: {f.path for f in client().list_artifacts(run.info.run_id)} for run in runs()[:2]}
+    assert set.union(*names.values()) == {"leaderboard.json", "leaderboard.png", "params.yaml"}
+    kept = {f.path for f in client().list_artifacts(best.info.run_id)}
+    assert kept == {"lineage.json", "merge_report.json"}
+    assert Path("mlruns").is_dir()
+
+
+def test_the_output_holds_nothing_that_changes_by_itself(project: Project) -> None:
+    project.register()
+    out = project.artifacts / "register"
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.rmtree(out)
+    project.artifacts.joinpath("log/merge-cauchy.json").unlink()
+    assert project.register()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    assert set(first) == {"leaderboard.json", "registration.json", "lineage.json"}
+    board = Leaderboard.read(out / "leaderboard.json")
+    made = json.loads(first["registration.json"])
+    assert made["candidate"] == board.best.label == "cauchy"
+    assert made["source"] == version("champion").source
+
+
+def test_nothing_to_do_touches_nothing(project: Project) -> None:
+    assert project.register()
+    before = len(runs())
+    assert not project.register()
+    assert len(runs()) == before
+
+
+def test_the_same_bytes_keep_their_version(project: Project) -> None:
+    project.register()
+    project.evaluate_merge("average", 0.3)
+    assert project.register()
+    assert len(client().search_model_versions("name = 'tiny-merged'")) == 1
+    assert len([run for run in runs() if run.info.run_name == "tiny-merged"]) == 2
+
+
+def test_a_new_best_is_challenger_and_the_champion_stays(project: Project) -> None:
+    project.register()
+    first = version("champion")
+    project.evaluate_merge("average", 0.9)
+    assert project.register()
+    assert version("champion").version == first.version
+    assert version("challenger").tags["poemerge.method"] == "average_poe"
+
+
+def test_another_database_is_filled_although_the_output_is_current(
+    project: Project, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.register()
+    shutil.copy(database, "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path('other.db').resolve()}")
+    assert project.register()
+    assert version("champion").tags["poemerge.method"] == "cauchy_poe"
+    assert not project.register()
+
+
+def test_copy_puts_the_bytes_into_mlflow(project: Project) -> None:
+    shutil.rmtree(".dvc")
+    assert project.register(store="copy")
+    assert Path(version("champion").source, "model.safetensors").read_text() == "robust weights"
+    made = json.loads((project.artifacts / "register/registration.json").read_text())
+    assert made["source"] == ""
+
+
+def downloaded(*uris: str, cwd: Path | None = None, **env: str) -> list[str]:
+    """The weights below each URI, downloaded by a fresh process that imports MLflow alone."""
+    code = """
+import sys
+from pathlib import Path
+from mlflow.artifacts import download_artifacts
+for uri in sys.argv[1:]:
+    path = Path(download_artifacts(uri))
+    print((path / "model.safetensors" if path.is_dir() else path).read_text())
+"""
+    command = [sys.executable, "-c", code, *uris]
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_fresh_process_downloads_the_champion(project: Project) -> None:
+    project.register()
+    shutil.rmtree(project.artifacts / "merge")
+    folder = "models:/tiny-merged@champion"
+    assert downloaded(folder, f"{folder}/model.safetensors") == ["robust weights"] * 2
+
+
+def test_a_fresh_process_elsewhere_needs_the_variable(project: Project, tmp_path: Path) -> None:
+    project.register()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    env = {"MLFLOW_TRACKING_URI": uri, "POEMERGE_DVC_ROOT": os.fspath(tmp_path)}
+    assert downloaded("models:/tiny-merged/1", cwd=elsewhere, **env) == ["robust weights"]
+
+
+@pytest.fixture
+def server(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`mlflow server` on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", "sqlite:///mlflow.db", "--workers", "1"]
+    env = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with Path("server.log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        _wait(lambda: urllib.request.urlopen(f"{uri}/health", timeout=1).close())
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def _wait(probe: Callable[[], None]) -> None:
+    for _ in range(120):
+        try:
+            return probe()
+        except OSError:
+            time.sleep(0.25)
+    pytest.fail(Path("server.log").read_text())
+
+
+def test_the_same_over_a_server(project: Project, server: str) -> None:
+    assert project.register()
+    assert not project.register()
+    assert version("champion").version == "1"
+    assert version("champion").source.startswith("dvc://artifacts/merge/cauchy/")
+    project.evaluate_merge("average", 0.9)
+    assert project.register(store="copy")
+    assert version("challenger").source.startswith("mlflow-artifacts:/")
+    champion, challenger = "models:/tiny-merged@champion", "models:/tiny-merged@challenger"
+    assert downloaded(champion, f"{champion}/model.safetensors", challenger) == [
+        *("robust weights", "robust weights", "mean weights")
+    ]
+
+
+def test_a_dead_server_is_one_sentence(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(SourceError, match=r"MLflow at http://127\.0\.0\.1:9 refused"):
+        project.register()
+    assert not (project.artifacts / "register").exists()
+
+
+def test_a_failure_leaves_no_output_and_a_failed_run(project: Project) -> None:
+    (project.artifacts / "merge/average/lineage.json").write_text("broken")
+    with pytest.raises(SourceError, match="unreadable"):
+        project.register()
+    assert not (project.artifacts / "register").exists()
+    assert {run.info.status for run in runs() if run.info.run_name == "tiny-merged"} == {"FAILED"}
+
+
+def test_changed_weights_are_refused(project: Project) -> None:
+    (project.artifacts / "merge/cauchy/model.safetensors").write_text("tampered")
+    with pytest.raises(SourceError, match="not what the merge stage left there; run merge again"):
+        project.register()
+
+
+def test_an_evaluation_of_other_weights_is_refused(project: Project) -> None:
+    project.merge("cauchy", "newer weights", ridge=0.7)
+    with pytest.raises(SourceError, match=r"made from other bytes .* run evaluate again"):
+        project.register()
+
+
+def test_dvc_is_needed_to_point_to_it(project: Project) -> None:
+    shutil.rmtree(".dvc")
+    with pytest.raises(SettingError, match="run `dvc init`"):
+        project.register()
+
+
+def test_importing_the_stage_imports_neither_mlflow_nor_dvc() -> None:
+    code = "import sys, tasks.register; print({'mlflow', 'dvc', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
