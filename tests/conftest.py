@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ os.environ |= {
     "HF_HOME": str(_HOME / "hf"),
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_NUM_THREADS": "1",  # tiny tensors: threads would only wait for one another
     "MPLCONFIGDIR": str(_HOME / "matplotlib"),
     "PREFECT_HOME": str(_HOME / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -62,7 +62,6 @@ hypothesis.settings.register_profile(
     "poemerge", max_examples=25, derandomize=True, deadline=None, database=None
 )
 hypothesis.settings.load_profile("poemerge")
-torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
 
 
 @pytest.fixture(scope="session")

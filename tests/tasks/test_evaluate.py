@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
 from poemerge.lineage import Lineage
 from poemerge.merge import expert_weights
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate, lm_tasks
 from tasks.evaluate.scorer import load_scorer, put_weights
 from tests.zoo import Zoo, adapt, load, save
 
@@ -206,6 +208,20 @@ def chosen_with(base: Path, weights: Path, docs: list[dict]) -> list[int]:
     return chosen(base, docs, list(LETTERS), load(weights).float())
 
 
+def test_candidates_in_parallel_wait_for_the_one_model(score: Run, zoo: Zoo) -> None:
+    folders = [zoo.full(seed, noise=0.5) for seed in (1, 2)]
+    apart = [score(folder, out=f"apart-{i}")[2] for i, folder in enumerate(folders)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(score, f, out=f"at-once-{i}") for i, f in enumerate(folders)]
+    assert [run.result()[2] for run in runs] == apart
+
+
+def test_nothing_but_the_log_is_written(score: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    load_scorer.cache_clear()
+    score(splits=["validation", "test"])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_items_are_the_same_for_all_candidates(score: Run, zoo: Zoo) -> None:
     _, _, base = score(out="base")
     _, _, merge = score(zoo.full(1), out="merge")
@@ -332,15 +348,35 @@ def test_wrong_settings_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_task_names_the_nearest(score: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.tasks import TaskManager
+@pytest.fixture
+def built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the tasks of lm-eval, whose own index takes 8 s."""
+    lm_tasks.load_task.cache_clear()
+    folder = write_task(tmp_path / "built-in", "classic")
+    monkeypatch.setattr(
+        lm_tasks, "lm_eval_tasks", lambda: TaskManager(include_path=folder, include_defaults=False)
+    )
+    return folder
 
-    from tasks.evaluate import harness
 
-    quick = TaskManager(include_defaults=False)  # lm-eval's own index takes 8 s
-    monkeypatch.setattr(harness, "lm_eval_tasks", lambda: quick)
+@pytest.mark.usefixtures("built_in")
+def test_unknown_task_names_the_nearest(score: Run) -> None:
     with pytest.raises(SettingError, match=r"'leters' is neither .*nearest: letters"):
         score(tasks=["leters"])
+
+
+@pytest.mark.usefixtures("built_in")
+def test_other_tasks_are_lm_evals_own(score: Run) -> None:
+    _, results, _ = score(tasks=["letters", "classic"])
+    assert results["scores"]["classic"] == results["scores"]["letters"]
+
+
+def test_built_in_task_needs_the_hub(score: Run, built_in: Path) -> None:
+    write_task(built_in, "classic", dataset_path="nobody/nothing", dataset_kwargs={})
+    with pytest.raises(
+        SourceError, match=r"Task classic is built into lm-eval.*connect to the hub"
+    ):
+        score(tasks=["classic"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""The equations of docs/maths.md, sections 1 and 3: slow, obvious, fp64, one matrix at a time.
+
+Nothing here is shared with poemerge: no batches, no subspace, no Cholesky, no expanded squares.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Experts = Sequence[Tensor]  # A_i (O, I), fp64
+Numbers = Sequence[float]  # one an expert
+
+
+def gram(update: Tensor) -> Tensor:
+    """G = A Aᵀ (O, O)."""
+    return update @ update.T
+
+
+def residual(merged: Tensor, update: Tensor) -> Tensor:
+    """R(M) = Aᵀ (M - A) (I, I): the disagreement along the expert's own directions."""
+    return update.T @ (merged - update)
+
+
+def disagreement(merged: Tensor, update: Tensor) -> float:
+    """q(M) = ||R(M)||²."""
+    return float(residual(merged, update).square().sum())
+
+
+def gaussian_energy(merged: Tensor, experts: Experts, weights: Numbers, ridge: float) -> float:
+    """Σ ½ w_i q_i + λ/2 ||M||²."""
+    energy = 0.5 * ridge * float(merged.square().sum())
+    for update, weight in zip(experts, weights, strict=True):
+        energy += 0.5 * weight * disagreement(merged, update)
+    return energy
+
+
+def cauchy_energy(
+    merged: Tensor, experts: Experts, weights: Numbers, scales: Numbers, ridge: float
+) -> float:
+    """Σ ½ w_i log(γ_i² + q_i) + λ/2 ||M||²."""
+    energy = 0.5 * ridge * float(merged.square().sum())
+    for update, weight, scale in zip(experts, weights, scales, strict=True):
+        energy += 0.5 * weight * math.log(scale + disagreement(merged, update))
+    return energy
+
+
+def system(experts: Experts, alphas: Numbers, ridge: float) -> tuple[Tensor, Tensor]:
+    """H = Σ α_i G_i + λ I and b = Σ α_i G_i A_i."""
+    rows, columns = experts[0].shape
+    matrix = ridge * torch.eye(rows, dtype=torch.float64)
+    right = torch.zeros(rows, columns, dtype=torch.float64)
+    for update, alpha in zip(experts, alphas, strict=True):
+        matrix = matrix + alpha * gram(update)
+        right = right + alpha * gram(update) @ update
+    return matrix, right
+
+
+def mode(experts: Experts, alphas: Numbers, ridge: float) -> Tensor:
+    """The M with H M = b."""
+    return torch.linalg.solve(*system(experts, alphas, ridge))
+
+
+def relative_ridge(experts: Experts, weights: Numbers, ridge: float) -> float:
+    """λ = ridge · tr(Σ w_i G_i) / O."""
+    trace = 0.0
+    for update, weight in zip(experts, weights, strict=True):
+        trace += weight * float(gram(update).trace())
+    return ridge * trace / experts[0].shape[0]
+
+
+def gaussian_poe(experts: Experts, weights: Numbers, ridge: float) -> Tensor:
+    """The closed form, with a relative ridge; output side."""
+    return mode(experts, weights, relative_ridge(experts, weights, ridge))
+
+
+def cauchy_scales(experts: Experts, scale: str, epsilon: float) -> list[float]:
+    """γ_i² = ε ||A_i||² (paper) or ε ||A_iᵀ A_i||² (equivariant)."""
+    sizes = [a if scale == "paper" else a.T @ a for a in experts]
+    return [epsilon * float(size.square().sum()) for size in sizes]
+
+
+def cauchy_weights(
+    merged: Tensor, experts: Experts, weights: Numbers, scales: Numbers
+) -> list[float]:
+    """α_i = w_i / (γ_i² + q_i)."""
+    each = zip(experts, weights, scales, strict=True)
+    return [weight / (scale + disagreement(merged, update)) for update, weight, scale in each]
+
+
+def cauchy_poe(
+    experts: Experts, weights: Numbers, ridge: float, scale: str, epsilon: float
+) -> Tensor:
+    """Reweighting from the Gaussian mode with equal weights; λ and γ fixed before; output side."""
+    scales = cauchy_scales(experts, scale, epsilon)
+    origin = cauchy_weights(torch.zeros_like(experts[0]), experts, weights, scales)
+    fixed = relative_ridge(experts, origin, ridge)
+    merged = mode(experts, [sum(origin) / len(origin)] * len(origin), fixed)
+    for _ in range(500):
+        before = merged
+        merged = mode(experts, cauchy_weights(merged, experts, weights, scales), fixed)
+        if torch.linalg.norm(merged - before) <= 1e-11 * torch.linalg.norm(merged):
+            break
+    return merged
+
+
+def published(experts: Experts, epsilon: float | None) -> Tensor:
+    """The published procedure; ε None is its Gaussian. Tall matrices go in square row chunks."""
+    rows, columns = experts[0].shape
+    if rows <= columns or rows % columns:
+        return _published_chunk(experts, epsilon)
+    chunks = [[a[start : start + columns] for a in experts] for start in range(0, rows, columns)]
+    return torch.cat([_published_chunk(chunk, epsilon) for chunk in chunks])
+
+
+def _published_chunk(experts: Experts, epsilon: float | None) -> Tensor:
+    ones = [1.0] * len(experts)
+    merged = mode(experts, ones, 1e-3)
+    if epsilon is None:
+        return merged
+    scales = cauchy_scales(experts, "paper", epsilon)
+    for _ in range(50):
+        before = merged
+        merged = mode(experts, cauchy_weights(merged, experts, ones, scales), 1e-3)
+        if torch.linalg.norm(merged - before) < 1e-5:
+            break
+    return merged
+
+
+def average(experts: Experts, weights: Numbers) -> Tensor:
+    """Σ w_i A_i / Σ w_i."""
+    return task_arithmetic(experts, weights) / sum(weights)
+
+
+def task_arithmetic(experts: Experts, weights: Numbers) -> Tensor:
+    """Σ w_i A_i."""
+    merged = torch.zeros_like(experts[0])
+    for update, weight in zip(experts, weights, strict=True):
+        merged = merged + weight * update
+    return merged
+
+
+def ties(experts: Experts, weights: Numbers, keep: float) -> Tensor:
+    """Trim each update to its largest entries, elect a sign an entry, average those that agree."""
+    trimmed = [_trim(update, keep).flatten().tolist() for update in experts]
+    merged = []
+    for values in zip(*trimmed, strict=True):
+        elected = sum(w * v for w, v in zip(weights, values, strict=True))
+        agree = [(w, v) for w, v in zip(weights, values, strict=True) if v * elected > 0]
+        total = sum(w for w, _ in agree)
+        merged.append(sum(w * v for w, v in agree) / total if agree else 0.0)
+    return torch.tensor(merged, dtype=torch.float64).reshape(experts[0].shape)
+
+
+def _trim(update: Tensor, keep: float) -> Tensor:
+    """Only the round(keep · n) largest magnitudes stay."""
+    magnitudes = sorted(update.abs().flatten().tolist(), reverse=True)
+    smallest = magnitudes[max(1, round(keep * len(magnitudes))) - 1]
+    return torch.where(update.abs() >= smallest, update, 0.0)
