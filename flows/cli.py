@@ -187,14 +187,22 @@ def methods() -> None:
 @click.argument("ref", metavar="REF")
 @click.option("--json", "as_json", is_flag=True, help="The record itself.")
 def lineage(ref: str, *, as_json: bool) -> None:
-    """Show what made a folder: sources, hashes, settings, code, packages."""
+    """Show what made a model: sources, hashes, settings, code, packages.
+
+    REF is a folder, models:/NAME@ALIAS or models:/NAME/VERSION.
+    """
     from flows.console import show_lineage
     from poemerge.lineage import Lineage
 
-    record = Lineage.find(Path(ref))
+    if ref.startswith("models:/"):
+        from tasks.register.registry import registered_lineage
+
+        record: Lineage | None = registered_lineage(ref)
+    else:
+        record = Lineage.find(Path(ref))
     if record is None:
         raise SettingError(f"{ref} has no lineage.json; give a folder that poemerge made.")
-    show_lineage(Path(ref), record, as_json=as_json)
+    show_lineage(ref, record, as_json=as_json)
 
 
 def _resolve(base: str, experts: Sequence[str]) -> dict[str, Path]:

@@ -125,12 +125,12 @@ def show_methods(methods: Mapping[str, "Method"]) -> None:
         console.print(table)
 
 
-def show_lineage(folder: Path, record: Lineage, *, as_json: bool) -> None:
+def show_lineage(ref: str, record: Lineage, *, as_json: bool) -> None:
     """The tree from a folder down to its sources."""
     if as_json:
         console.print_json(json.dumps(asdict(record)))
         return
-    tree = Tree(f"[bold]{folder}[/]  {record.stage}  {_settings(record)}")
+    tree = Tree(f"[bold]{ref}[/]  {record.stage}  {_settings(record)}")
     tree.add("[dim]" + ", ".join(f"{name} {value[:12]}" for name, value in record.code.items()))
     packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
     tree.add(f"[dim]{record.device}; {packages}[/]")

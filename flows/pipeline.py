@@ -31,8 +31,7 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
         overrides: `a.b=c` settings for this run alone; likewise.
 
     Returns:
-        `made`: names of the steps that had something to do; `register`: folder of the leaderboard;
-        `merges` and `logs`: where each candidate's model and its cost lie.
+        See `Places.outcome`.
 
     Raises:
         PoemergeError: something was refused.
@@ -48,13 +47,7 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
         made += [step.name for step in _run_stage(stage, todo)]
         if places.is_plain:
             versioning.commit(_dvc_names(stage, todo), tree)
-    labels = places.params.merge.methods
-    return {
-        "made": made,
-        "register": str(places.register),
-        "merges": {label: str(places.merge(label)) for label in labels},
-        "logs": {label: str(places.log("merge", label)) for label in labels},
-    }
+    return places.outcome(made)
 
 
 def _run_stage(stage: str, todo: list[Step]) -> list[Step]:

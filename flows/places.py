@@ -8,6 +8,7 @@ place; any other goes below `.poemerge/runs/`, in a folder named after the overr
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.params import Params
 from poemerge.lineage import digest
@@ -83,6 +84,21 @@ class Places:
         """Seconds and peak memory of a step; no part of what DVC hashes."""
         merged = stage == "merge" and self._same_merge(label)
         return self._root(same=self.is_plain or merged) / "log" / f"{stage}-{label}.json"
+
+    def outcome(self, made: list[str]) -> dict[str, Any]:
+        """What a run says of itself.
+
+        Returns:
+            `made`: names of the steps that had something to do; `register`: folder of the
+            leaderboard; `merges` and `logs`: where each candidate's model and its cost lie.
+        """
+        labels = self.params.merge.methods
+        return {
+            "made": made,
+            "register": str(self.register),
+            "merges": {label: str(self.merge(label)) for label in labels},
+            "logs": {label: str(self.log("merge", label)) for label in labels},
+        }
 
     @property
     def _fetched(self) -> Path:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
@@ -69,6 +71,31 @@ def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> E
     return Entry(name, best.label, method, base, model.digest, source, best.summary())
 
 
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
+
+
+def registered_lineage(ref: str) -> Lineage:
+    """The record inside a registered model.
+
+    Args:
+        ref: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        SourceError: there is no such version, or its bytes cannot be had.
+    """
+    with connected(), TemporaryDirectory() as folder:
+        mlflow.set_registry_uri(tracking_uri())
+        file = mlflow.artifacts.download_artifacts(
+            f"{ref}/{RECORD}", dst_path=folder, tracking_uri=tracking_uri()
+        )
+        found = Lineage.find(Path(file).parent)
+    if found is None:
+        raise SourceError(f"{ref} holds no {RECORD}; it was not made by poemerge.")
+    return found
+
+
 @contextmanager
 def connected() -> Iterator[MlflowClient]:
     """A client of MLFLOW_TRACKING_URI (default: mlflow.db here), its database initialised.
@@ -76,7 +103,7 @@ def connected() -> Iterator[MlflowClient]:
     Raises:
         SourceError: MLflow refused something or cannot be reached.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
+    uri = tracking_uri()
     try:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)

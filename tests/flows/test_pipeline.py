@@ -197,3 +197,17 @@ def test_bad_weights_end_in_one_sentence(project: Path) -> None:
     expert.write_bytes(b"no tensors")
     with pytest.raises(CheckpointError):
         pipeline()
+
+
+def test_lineage_of_what_is_registered(done: Path) -> None:
+    entry = json.loads((done / "artifacts/register/registration.json").read_text())
+    command = [sys.executable, "-m", "flows.cli", "lineage", "models:/tiny@champion", "--json"]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    stored = json.loads(
+        (done / "artifacts/merge" / entry["candidate"] / "lineage.json").read_text()
+    )
+    assert json.loads(ran.stdout) == stored
+    command[-2] = "models:/tiny/99"
+    refused = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")

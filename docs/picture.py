@@ -1,0 +1,25 @@
+"""docs/demo.svg, the README's picture: what `make demo` shows at its end. Run after `make demo`."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from flows import console
+from flows.params import load
+from flows.places import Places
+
+PICTURE = Path(__file__).with_name("demo.svg")
+WIDTH = 150  # columns
+
+
+def draw() -> None:
+    """Read the outputs of the last plain run and draw them as a terminal would."""
+    params = load(Path("params.yaml"))
+    places = Places(params, params)
+    console.console = Console(record=True, width=WIDTH)
+    console.show_outcome(places.outcome(made=[]))
+    console.console.save_svg(str(PICTURE), title="make demo")
+
+
+if __name__ == "__main__":
+    draw()
