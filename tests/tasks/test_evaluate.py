@@ -438,3 +438,15 @@ def test_weights_that_do_not_fit_are_refused(score: Run, zoo: Zoo, tmp_path: Pat
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(PoemergeError, match=words):
             score(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_says_the_same(zoo: Zoo) -> None:
+    asked = requests(*(("some words", letter) for letter in LETTERS))
+    logs = []
+    for device in ("cpu", "cuda"):
+        scorer = load_scorer(zoo.base(), "device", "float32", device, 4)
+        put_weights(scorer.model, expert_weights(zoo.full(1), None), "it")
+        logs.append([log for log, _ in scorer.loglikelihood(asked)])
+    assert logs[1] == pytest.approx(logs[0], abs=1e-4)
