@@ -28,10 +28,11 @@ class ProductSettings(Settings):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PUBLISHED}
 
     side: str = setting(
-        "input",
-        "where disagreement is measured: along the features a layer reads (A Aᵀ of the transposed "
-        "update; theory favours it for linear layers) or along those it writes (the paper's)",
-        choices=("input", "output"),
+        "output",
+        "where disagreement is measured: along the features that a layer writes (A Aᵀ, as published) "
+        "or along those that it reads (Aᵀ A; theory favours it for full fine-tunes, but adapters that "
+        "share their initial lora_A nearly coincide there and blow up)",
+        choices=("output", "input"),
     )
     ridge: float = setting(
         1e-3, "precision λ of the prior that pulls the update towards 0", low=0.0
