@@ -29,9 +29,9 @@ class ProductSettings(Settings):
 
     side: str = setting(
         "output",
-        "where disagreement is measured: along the features that a layer writes (A Aᵀ, as published) "
-        "or along those that it reads (Aᵀ A; theory favours it for full fine-tunes, but adapters that "
-        "share their initial lora_A nearly coincide there and blow up)",
+        "where disagreement is measured: along the features that a layer writes (A Aᵀ, as "
+        "published) or along those that it reads (Aᵀ A; theory favours it for full fine-tunes, but "
+        "adapters that share their initial lora_A nearly coincide there and blow up)",
         choices=("output", "input"),
     )
     ridge: float = setting(
