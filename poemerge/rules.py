@@ -9,7 +9,7 @@ MATRIX = "matrix"  # solved by a structured method
 VOCABULARY = "vocabulary"  # solved on the feature side: tokens × tokens would not fit
 AVERAGE = "average"  # vectors, and more than two axes, under a structured method
 FORMULA = "formula"  # an elementwise method's own formula
-COPY = "copy"  # the base's bytes: integer buffers, and what no expert touches
+COPY = "copy"  # the base's bytes: integers, empty tensors, what no expert touches
 TIED = "tied"  # not stored: the config says it is the input embedding
 
 MEANINGS: Mapping[str, str] = {
@@ -38,7 +38,7 @@ def rule_for(info: TensorInfo, base: Checkpoint, *, structured: bool, touched: b
     """
     if is_tied_head(info, base):
         return TIED
-    if not touched or not info.is_float:
+    if not touched or not info.is_float or 0 in info.shape:
         return COPY
     if not structured:
         return FORMULA

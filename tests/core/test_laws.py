@@ -176,9 +176,13 @@ def test_the_paper_scale_is_not_equivariant() -> None:
     experts = [pair(12, 3, 7, seed) for seed in range(3)]
     tiny = [(1e-4 * up, down) for up, down in experts]
     sizes = reference.cauchy_scales(products(experts), "paper", 1.0)
-    gaussian = update(merge(dense(experts), "gaussian_poe", [1 / size for size in sizes]))
-    shrunk = update(merge(dense(tiny), "cauchy_poe", scale="paper", epsilon=0.1)) / 1e-4
-    full = update(merge(dense(experts), "cauchy_poe", scale="paper", epsilon=0.1))
+    gaussian = update(
+        merge(dense(experts), "gaussian_poe", [1 / size for size in sizes], side="input")
+    )
+    shrunk = (
+        update(merge(dense(tiny), "cauchy_poe", side="input", scale="paper", epsilon=0.1)) / 1e-4
+    )
+    full = update(merge(dense(experts), "cauchy_poe", side="input", scale="paper", epsilon=0.1))
     assert distance(shrunk, gaussian) < LIMIT
     assert distance(full, gaussian) > 0.01
 
