@@ -22,6 +22,7 @@ QUIET = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "poemerge,tasks,flows",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a machine in use
 }
 
 

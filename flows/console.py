@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -70,11 +71,12 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
 
 
 def leaderboard_table(board: Leaderboard, logs: Mapping[str, Path]) -> Table:
-    """Rows methods, columns tasks, then means, seconds and peak memory."""
-    table = Table(title="Test scores (experts: each on its own task)", title_justify="left")
-    table.add_column("candidate")
+    """Rows methods, columns tasks (per cent), then means, seconds and peak memory."""
+    title = "Test scores in per cent (experts: each on its own task; best on validation first)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("candidate", no_wrap=True)
     for column in (*board.tasks, "mean", "normalised", "validation", "seconds", "peak MB"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=4, overflow="fold")
     for row in board.of("base"):
         table.add_row(*_cells(row, board), "", "")
     table.add_row(*_expert_cells(board))
@@ -171,11 +173,11 @@ def _cost(log: Path | None) -> tuple[str, str]:
     if log is None or not log.exists():
         return "", ""
     cost = json.loads(log.read_text(encoding="utf-8"))
-    return f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e6:.0f}"
+    return f"{cost['seconds']:.0f}", f"{cost['peak_bytes'] / 1e6:.0f}"
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def _form(group: Any) -> str:

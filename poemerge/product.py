@@ -28,14 +28,13 @@ class ProductSettings(Settings):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PUBLISHED}
 
     side: str = setting(
-        "output",
-        "where disagreement is measured: along the features that a layer writes (A Aᵀ, as "
-        "published) or along those that it reads (Aᵀ A; theory favours it for full fine-tunes, but "
-        "adapters that share their initial lora_A nearly coincide there and blow up)",
-        choices=("output", "input"),
+        "input",
+        "where disagreement is measured: along the features that a layer reads (Aᵀ A, which theory "
+        "favours for linear layers) or along those that it writes (A Aᵀ, as published)",
+        choices=("input", "output"),
     )
     ridge: float = setting(
-        1e-3, "precision λ of the prior that pulls the update towards 0", low=0.0
+        3e-2, "precision λ of the prior that pulls the update towards 0", low=0.0
     )
     ridge_mode: str = setting(
         "relative",

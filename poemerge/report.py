@@ -10,7 +10,7 @@ from poemerge.atomic import write_json
 from poemerge.rules import MEANINGS
 
 REPORT = "merge_report.json"
-GROWTH_LIMIT = 5.0
+GROWTH_LIMIT = 10.0
 CONDITION_LIMIT = 1e8
 
 
@@ -85,8 +85,8 @@ def _blown_up(tensors: list[TensorReport]) -> str:
     worst = max(tensors, key=lambda tensor: tensor.certificate["growth"])
     return (
         f"{worst.name}{_others(tensors)} grew to {worst.certificate['growth']:.1f} times the "
-        "largest expert's norm, which nearly collinear experts cause; raise `ridge` or lower "
-        "`strength`."
+        "largest expert's norm, which nearly collinear experts cause; compare a larger `ridge` on "
+        "validation data."
     )
 
 

@@ -33,7 +33,7 @@ def test_one_word_per_stage() -> None:
 def test_the_readme_tree_is_the_real_tree() -> None:
     tree = re.search(r"```\n(poemerge/\n.*?)```", README, flags=re.DOTALL)
     assert tree, "README.md has no tree"
-    shown = {line.split()[0].strip("│├└─ /") for line in tree.group(1).splitlines()[1:]}
+    shown = {line.split()[1].rstrip("/") for line in tree.group(1).splitlines()[1:]}
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,

@@ -327,7 +327,7 @@ class TestSettings:
             ("ridge", -1, "ridge is -1; it must be at least 0"),
             ("max_steps", 0, "max_steps is 0; it must be at least 1"),
             ("max_steps", 1.5, "max_steps is 1.5; give a whole number"),
-            ("side", "left", "side is 'left'; choose one of output, input"),
+            ("side", "left", "side is 'left'; choose one of input, output"),
             ("scale", None, "scale is None; choose one of equivariant, paper"),
             ("preset", "papers", "preset is 'papers'; choose one of '', paper"),
             ("weights", {"a": -1.0}, "weights is {'a': -1.0}; give a mapping"),
