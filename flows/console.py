@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from poemerge.plan import Plan
     from poemerge.report import MergeReport
 
-console = Console()
+FILE_WIDTH = 160  # columns, where no terminal says how wide it is
+console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 OURS = ("poemerge", "tasks", "flows")
 
 
@@ -56,7 +58,9 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
     console.print(leaderboard_table(board, {k: Path(v) for k, v in outcome["logs"].items()}))
     made = outcome["made"]
     console.print(f"{len(made)} steps done" if made else "Everything was up to date.")
+    lossy = " (dequantised: its scores are below the original's)"
     rows = {
+        "base": outcome["base"] + lossy * outcome["base"].endswith(".gguf"),
         "best": f"{entry['candidate']}, registered as {entry['name']}",
         "model": outcome["merges"][entry["candidate"]],
         "leaderboard": str(register / "leaderboard.json"),

@@ -89,12 +89,14 @@ class Places:
         """What a run says of itself.
 
         Returns:
-            `made`: names of the steps that had something to do; `register`: folder of the
-            leaderboard; `merges` and `logs`: where each candidate's model and its cost lie.
+            `made`: names of the steps that had something to do; `base`: what was merged into;
+            `register`: folder of the leaderboard; `merges` and `logs`: where each candidate's model
+            and its cost lie.
         """
         labels = self.params.merge.methods
         return {
             "made": made,
+            "base": self.params.fetch.base.source,
             "register": str(self.register),
             "merges": {label: str(self.merge(label)) for label in labels},
             "logs": {label: str(self.log("merge", label)) for label in labels},

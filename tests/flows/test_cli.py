@@ -1,0 +1,124 @@
+"""The command line: exit codes, one sentence for a refusal, no output left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flows.cli import main
+from poemerge.methods import METHODS
+
+HEAVY = ("torch", "prefect", "mlflow", "dvc", "lm_eval", "transformers", "pydantic", "rich")
+
+
+def poemerge(*arguments: object) -> Result:
+    """Run a command as a user would; an exception that is not caught fails the test."""
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def sources(zoo) -> list[object]:  # noqa: ANN001
+    """The arguments that name a base and two adapters."""
+    experts = (zoo.adapter(1), zoo.adapter(2))
+    return ["--base", zoo.base(), "--expert", f"a={experts[0]}", "--expert", f"b={experts[1]}"]
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = f"import sys, flows.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_merge_makes_a_folder(sources: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    done = poemerge("merge", *sources, "--out", out, "--set", "ridge=0.1", "--device", "cpu")
+    assert done.exit_code == 0
+    assert "2 experts merged by cauchy_poe" in done.output
+    report = json.loads((out / "merge_report.json").read_text())
+    assert report["experts"] == ["a", "b"]
+    assert report["settings"]["ridge"] == 0.1
+
+
+def test_merge_makes_an_adapter(sources: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    assert poemerge("merge", *sources, "--out", out, "--output", "adapter").exit_code == 0
+    assert (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "tise"], "did you mean 'ties'?"),
+        (["--set", "epsilom=1"], "did you mean 'epsilon'?"),
+        (["--set", "epsilon"], "is no assignment"),
+        (["--device", "cuda:99"], "device is 'cuda:99'"),
+        (["--expert", "nowhere"], "nowhere"),
+        (["--method", "ties", "--output", "adapter"], "ties makes dense updates"),
+    ],
+)
+def test_a_refusal_is_one_sentence(
+    sources: list[object], tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    out = tmp_path / "out" / "merged"
+    refused = poemerge("merge", *sources, "--out", out, *arguments)
+    assert refused.exit_code == 1
+    last = refused.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert words in last
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_an_existing_folder_is_kept(sources: list[object], tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    refused = poemerge("merge", *sources, "--out", tmp_path)
+    assert refused.exit_code == 1
+    assert "--overwrite" in refused.stderr
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_usage_errors_exit_with_2(sources: list[object]) -> None:
+    assert poemerge("merge", *sources).exit_code == 2
+    assert poemerge("merg").exit_code == 2
+
+
+def test_an_interrupt_exits_with_3(
+    sources: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("poemerge.merge.merge_checkpoints", interrupt)
+    stopped = poemerge("merge", *sources, "--out", tmp_path / "merged")
+    assert stopped.exit_code == 3
+    assert "to go on" in stopped.stderr
+
+
+def test_check_says_what_would_happen(sources: list[object], zoo, tmp_path: Path) -> None:  # noqa: ANN001
+    said = poemerge("check", *sources)
+    assert said.exit_code == 0
+    for words in ("matrix", "copy", "in factors, rank 8", "peak memory", "on this machine"):
+        assert words in said.output
+    assert poemerge("check", *sources, "--expert", tmp_path).exit_code == 1
+    assert "averaged" in poemerge("check", "--base", zoo.base(), "--expert", zoo.full(1)).output
+
+
+def test_methods_lists_all_with_their_settings() -> None:
+    said = " ".join(poemerge("methods").output.split())
+    for name, method in METHODS.items():
+        assert name in said
+        assert method.source in said
+        assert all(setting in said for setting, _, _ in method.settings.describe())
+
+
+def test_lineage_draws_the_tree(sources: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    poemerge("merge", *sources, "--out", out)
+    said = poemerge("lineage", out).output
+    for words in ("cauchy_poe", "base", "model.safetensors", "adapter_model.safetensors", "torch"):
+        assert words in said
+    record = json.loads(poemerge("lineage", out, "--json").output)
+    assert record == json.loads((out / "lineage.json").read_text())
+    assert poemerge("lineage", tmp_path).exit_code == 1
