@@ -152,8 +152,10 @@ def _grow(tree: Tree, source: Source) -> None:
     for file, sha256 in source.files.items():
         if file.endswith((".safetensors", ".gguf", ".bin")):
             branch.add(f"[dim]{file}  sha256 {sha256[:16]}…[/]")
-    for parent in (source.parent or {}).get("inputs", ()):
-        _grow(branch, Source(**parent))
+    for record in (source.parent or {}).get("inputs", ()):
+        parent = Source(**record)
+        if not parent.files.items() <= source.files.items():  # a plain copy would say it twice
+            _grow(branch, parent)
 
 
 def _settings(record: Lineage) -> str:
