@@ -1,5 +1,6 @@
 """The command line: `poemerge`. Heavy imports wait until a command needs them."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -97,6 +98,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
         save_overrides(params, overrides)
         overrides = ()
     start_logging()
+    logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
 
     show_outcome(pipeline(str(params), list(overrides)))

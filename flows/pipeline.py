@@ -52,16 +52,23 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
 
 def _run_stage(stage: str, todo: list[Step]) -> list[Step]:
     """Run the steps, downloads side by side; those that had something to do are returned."""
+    logger.info("%s: %s", stage, ", ".join(step.label for step in todo))
     if stage == "fetch":
         futures = [_named(step).submit(**step.arguments) for step in todo]
         wait(futures)
-        return [step for step, future in zip(todo, futures, strict=True) if future.result()]
-    return [step for step in todo if _run_step(step)]
+        made = [future.result() for future in futures]
+    else:
+        made = [_run_step(step) for step in todo]
+    done = [step for step, new in zip(todo, made, strict=True) if new]
+    if len(done) < len(todo):
+        logger.info("%s: %d of %d were up to date", stage, len(todo) - len(done), len(todo))
+    return done
 
 
 def _run_step(step: Step) -> bool:
     made = step.run(_named(step))
-    logger.info("%s %s", step.name, "done" if made else "is up to date")
+    if made:
+        logger.info("%s done", step.name)
     return made
 
 
