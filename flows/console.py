@@ -76,11 +76,19 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
 
 def leaderboard_table(board: Leaderboard, logs: Mapping[str, Path]) -> Table:
     """Rows methods, columns tasks (per cent), then means, seconds and peak memory."""
-    title = "Test scores in per cent (experts: each on its own task; best on validation first)"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title="Test scores, per cent",
+        title_justify="left",
+        caption="experts: each on its own task; norm: mean of score / expert's score; val: mean on "
+        "validation, which chooses; s and MB: of the merge",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     table.add_column("candidate", no_wrap=True)
-    for column in (*board.tasks, "mean", "normalised", "validation", "seconds", "peak MB"):
-        table.add_column(column, justify="right", min_width=4, overflow="fold")
+    for column in (*board.tasks, "mean", "norm", "val", "s", "MB"):
+        table.add_column(column, justify="right", overflow="fold")
     for row in board.of("base"):
         table.add_row(*_cells(row, board), "", "")
     table.add_row(*_expert_cells(board))
