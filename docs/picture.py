@@ -1,7 +1,9 @@
 """docs/demo.svg, the README's picture: what `make demo` shows at its end. Run after `make demo`."""
 
+import re
 from pathlib import Path
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
 from flows import console
@@ -18,7 +20,10 @@ def draw() -> None:
     places = Places(params, params)
     console.console = Console(record=True, width=WIDTH)
     console.show_outcome(places.outcome(made=[]))
-    console.console.save_svg(str(PICTURE), title="make demo")
+    frame = re.sub(
+        r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL
+    )  # no web fonts
+    console.console.save_svg(str(PICTURE), title="make demo", code_format=frame)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ QUIET = {
 }
 
 
+def calm_down() -> None:
+    """Set what the libraries read when they are first imported; what the user has set stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
 class Sentences(click.Group):
     """A group whose commands end refusals with one sentence and exit code 1."""
 
@@ -46,8 +52,7 @@ class Sentences(click.Group):
 @click.version_option(VERSION, prog_name="poemerge")
 def main() -> None:
     """Merge fine-tuned models as products of experts, and look after the result."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    calm_down()
 
 
 _set = click.option(

@@ -4,6 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
+from flows.cli import calm_down
 from flows.params import load
 from flows.places import Places
 from flows.steps import steps
@@ -14,6 +15,7 @@ PARAMS = Path("params.yaml")
 
 def main(arguments: list[str]) -> int:
     """Run the steps of a stage, all of them or the one that is named; 1 if refused."""
+    calm_down()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     stage, *labels = arguments
     try:

@@ -25,6 +25,8 @@ from tasks.register.leaderboard import Cost, Row, Sweep
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 DIGEST = "poemerge.digest"
 CHALLENGER, CHAMPION = "challenger", "champion"
+# Without it MLflow's pages open on traces of language model applications.
+EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
 
 
@@ -126,7 +128,7 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
     tags = {"poemerge.stage": "register", "poemerge.overrides": " ".join(sweep.overrides)}
     with connected() as client:
         known = client.get_experiment_by_name(experiment)
-        place = known.experiment_id if known else client.create_experiment(experiment)
+        place = known.experiment_id if known else client.create_experiment(experiment, tags=EXPERIMENT)
         with _run(client, place, entry.name, tags) as parent:
             client.log_dict(parent, board.as_json(), "leaderboard.json")
             client.log_dict(parent, dict(sweep.params), "params.yaml")
