@@ -128,7 +128,10 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
     tags = {"poemerge.stage": "register", "poemerge.overrides": " ".join(sweep.overrides)}
     with connected() as client:
         known = client.get_experiment_by_name(experiment)
-        place = known.experiment_id if known else client.create_experiment(experiment, tags=EXPERIMENT)
+        if known is None:
+            place = client.create_experiment(experiment, tags=EXPERIMENT)
+        else:
+            place = known.experiment_id
         with _run(client, place, entry.name, tags) as parent:
             client.log_dict(parent, board.as_json(), "leaderboard.json")
             client.log_dict(parent, dict(sweep.params), "params.yaml")
