@@ -30,7 +30,8 @@ def reference() -> str:
 
 
 def _command(name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=f"poemerge {name}", max_content_width=WIDTH)
+    whole = main.make_context("poemerge", [], resilient_parsing=True)
+    context = click.Context(command, parent=whole, info_name=name, max_content_width=WIDTH)
     context.terminal_width = WIDTH
     return f"### poemerge {name}\n\n```\n{command.get_help(context)}\n```\n"
 
