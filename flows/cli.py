@@ -215,6 +215,7 @@ def lineage(ref: str, *, as_json: bool) -> None:
 
 def _resolve(base: str, experts: Sequence[str]) -> dict[str, Path]:
     """Name → folder that the core can read, the base first; what is no such folder is fetched."""
+    from poemerge.merge import unused_name
     from tasks.fetch import resolve_local
 
     cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge"))
@@ -222,15 +223,8 @@ def _resolve(base: str, experts: Sequence[str]) -> dict[str, Path]:
     for text in experts:
         name, equals, source = text.partition("=")
         folder = resolve_local(source if equals else text, cache)
-        folders[_unused(name if equals else Path(text.split("@")[0]).name, folders)] = folder
+        folders[unused_name(name if equals else Path(text.split("@")[0]).name, folders)] = folder
     return folders
-
-
-def _unused(name: str, taken: dict[str, Path]) -> str:
-    count, fresh = 2, name
-    while fresh in taken:
-        fresh, count = f"{name}-{count}", count + 1
-    return fresh
 
 
 if __name__ == "__main__":

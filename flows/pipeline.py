@@ -11,11 +11,9 @@ from prefect.tasks import Task
 
 from flows import versioning
 from flows.params import load, read
-from flows.places import Places
-from flows.steps import Step, steps
+from flows.places import PLAIN, Places
+from flows.steps import STAGES, Step, steps
 
-STAGES = ("fetch", "task_vectors", "merge", "evaluate", "register")
-PLAIN = Path("params.yaml")  # what dvc.yaml and dvc.lock speak of
 PER_STEP = ("merge",)  # one DVC stage for each step
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 from flows.params import Params
 from poemerge.lineage import digest
 
+PLAIN = Path("params.yaml")  # what dvc.yaml and dvc.lock speak of
 ARTIFACTS = Path("artifacts")
 RUNS = Path(".poemerge/runs")
 

@@ -2,15 +2,12 @@
 
 import logging
 import sys
-from pathlib import Path
 
 from flows.cli import calm_down
 from flows.params import load
-from flows.places import Places
+from flows.places import PLAIN, Places
 from flows.steps import steps
 from poemerge.errors import PoemergeError
-
-PARAMS = Path("params.yaml")
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +16,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     stage, *labels = arguments
     try:
-        params = load(PARAMS)
+        params = load(PLAIN)
         for step in steps(stage, Places(params, params)):
             if not labels or step.label in labels:
                 step.run()

@@ -61,14 +61,7 @@ def steps(stage: str, places: Places, overrides: tuple[str, ...] = ()) -> Iterat
     if stage == "evaluate":
         for folder in places.stale():
             shutil.rmtree(folder)
-    build = {
-        "fetch": _fetch,
-        "task_vectors": _task_vectors,
-        "merge": _merge,
-        "evaluate": _evaluate,
-        "register": _register,
-    }[stage]
-    for label, task, arguments in build(places.params, places, overrides):
+    for label, task, arguments in _BUILD[stage](places.params, places, overrides):
         yield Step(stage, label, task, arguments, places.log(stage, label))
 
 
@@ -159,3 +152,13 @@ def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Ite
 def _inputs(places: Places) -> dict[str, Any]:
     experts = {name: str(folder) for name, folder in places.experts.items()}
     return {"base": str(places.base), "experts": experts}
+
+
+_BUILD = {
+    "fetch": _fetch,
+    "task_vectors": _task_vectors,
+    "merge": _merge,
+    "evaluate": _evaluate,
+    "register": _register,
+}
+STAGES = tuple(_BUILD)

@@ -1,6 +1,6 @@
 """The public entry: merge checkpoints into a folder, with its lineage."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -117,11 +117,16 @@ def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> di
         return {name: Path(folder) for name, folder in experts.items()}
     named: dict[str, Path] = {}
     for folder in map(Path, experts):
-        name, count = folder.resolve().name, 2
-        while name in named:
-            name, count = f"{folder.resolve().name}-{count}", count + 1
-        named[name] = folder
+        named[unused_name(folder.resolve().name, named)] = folder
     return named
+
+
+def unused_name(name: str, taken: Container[str]) -> str:
+    """`name`, or `name-2`, `name-3` and so on where it is taken."""
+    fresh, count = name, 2
+    while fresh in taken:
+        fresh, count = f"{name}-{count}", count + 1
+    return fresh
 
 
 def _check_out(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:

@@ -9,8 +9,8 @@ from ruamel.yaml import YAML
 
 from flows.cli import main
 from flows.params import Params
-from flows.pipeline import STAGES
 from flows.reference import PAGE, reference
+from flows.steps import STAGES
 from poemerge.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
