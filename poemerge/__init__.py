@@ -11,16 +11,28 @@ from poemerge.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from poemerge.errors import PoemergeError
+    from poemerge.extract import extract_adapter
+    from poemerge.extract_report import ExtractReport
     from poemerge.merge import merge_checkpoints
     from poemerge.methods import METHODS
     from poemerge.report import MergeReport
 
-__all__ = ["METHODS", "MergeReport", "PoemergeError", "__version__", "merge_checkpoints"]
+__all__ = [
+    "METHODS",
+    "ExtractReport",
+    "MergeReport",
+    "PoemergeError",
+    "__version__",
+    "extract_adapter",
+    "merge_checkpoints",
+]
 
 _HOME = {
+    "ExtractReport": "poemerge.extract_report",
     "METHODS": "poemerge.methods",
     "MergeReport": "poemerge.report",
     "PoemergeError": "poemerge.errors",
+    "extract_adapter": "poemerge.extract",
     "merge_checkpoints": "poemerge.merge",
 }
 

@@ -130,6 +130,16 @@ def save_adapter(adapted: "PeftModel", folder: Path) -> None:  # noqa: F821
         adapted.save_pretrained(folder)
 
 
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Base + adapter, put together by peft, in fp32."""
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings(action="ignore"):
+        merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return {name: weight.detach() for name, weight in merged.state_dict().items()}
+
+
 def add_noise(model: torch.nn.Module, seed: int, noise: float, only: str = "") -> None:
     """Move every parameter with `only` in its name."""
     generator = torch.Generator().manual_seed(seed)

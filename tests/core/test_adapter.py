@@ -1,20 +1,18 @@
 """LoRA adapters against peft: the update that they are, and the merged adapter written back."""
 
 import json
-import warnings
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.merge import expert_weights, merge_checkpoints
 from tests.core.stacks import assert_close
-from tests.zoo import VOCABULARY, Zoo, adapt, load, save, save_adapter
+from tests.zoo import VOCABULARY, Zoo, adapt, load, merged_by_peft, save, save_adapter
 
 PATTERNS = {"q_proj": 7, r"layers\.1\.self_attn\.k_proj": 2, "model.layers.0.self_attn.o_proj": 1}
 OPTIONS = {
@@ -34,14 +32,6 @@ OPTIONS = {
     "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
 }
 STORE_ADAPTER = {"method": "cauchy_poe", "output": "adapter", "device": "cpu"}
-
-
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
-    """Base + adapter, put together by peft, in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with warnings.catch_warnings(action="ignore"):
-        merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return {name: weight.detach() for name, weight in merged.state_dict().items()}
 
 
 def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
