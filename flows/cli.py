@@ -70,6 +70,9 @@ _experts = click.option(
 _method = click.option(
     "--method", default="cauchy_poe", show_default=True, help="See `poemerge methods`."
 )
+_expert = click.option("--expert", required=True, metavar="SRC", help="Full fine-tune of the base.")
+_out = click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
 _device = click.option(
     "--device",
     default="auto",
@@ -114,7 +117,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
 @_experts
 @_method
 @_set
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@_out
 @_device
 @click.option(
     "--dtype",
@@ -131,7 +134,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     help="A full model, or an exact merged adapter.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of methods that draw at random.")
-@click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
+@_overwrite
 def merge(
     base: str,
     experts: Sequence[str],
@@ -145,18 +148,71 @@ def merge(
     SRC is a folder, a PEFT adapter folder, a .gguf file, hf://org/name@revision, package://name/path
     or an fsspec URL.
     """
-    from flows.console import merge_progress, show_report, start_logging
+    from flows.console import show_report, start_logging, tensor_progress
     from flows.params import parse_settings
     from poemerge.merge import merge_checkpoints
 
     start_logging()
     settings = parse_settings(overrides)
     folders = _resolve(base, experts)
-    with merge_progress() as progress:
+    with tensor_progress("merging") as progress:
         report = merge_checkpoints(
             folders.pop("base"), folders, out, method, progress=progress, **choices, **settings
         )
     show_report(report, out)
+
+
+@main.command()
+@_base
+@_expert
+@click.option("--rank", required=True, type=int, help="Of every matrix, 1 or more.")
+@_out
+@click.option(
+    "--svd",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "exact", "randomised"]),
+    help="auto: exact where that takes seconds a matrix.",
+)
+@click.option(
+    "--vectors",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "drop"]),
+    help="Norms and all else that is no matrix: whole, or not at all.",
+)
+@click.option(
+    "--vocabulary",
+    default="factors",
+    show_default=True,
+    type=click.Choice(["factors", "drop", "keep"]),
+    help="Embedding and untied head.",
+)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the factors; computed in fp32 or better.",
+)
+@_device
+@_overwrite
+def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> None:
+    """Make the best low-rank adapter of a full fine-tune.
+
+    The result is a PEFT adapter, and an expert for `poemerge merge`. Biases of layers in factors
+    are dropped with a warning, since plain LoRA cannot hold them.
+    """
+    from flows.console import show_extraction, start_logging, tensor_progress
+    from poemerge.extract import extract_adapter
+
+    start_logging()
+    folders = _resolve(base, [expert])
+    source = folders.pop("base")
+    (tuned,) = folders.values()
+    with tensor_progress("extracting") as progress:
+        report = extract_adapter(source, tuned, out, rank, progress=progress, **choices)
+    show_extraction(report, out)
 
 
 @main.command()

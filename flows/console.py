@@ -20,6 +20,7 @@ from poemerge.lineage import Lineage, Source
 from tasks.register.leaderboard import Leaderboard, Row
 
 if TYPE_CHECKING:
+    from poemerge.extract_report import ExtractReport
     from poemerge.method import Method
     from poemerge.plan import Plan
     from poemerge.report import MergeReport
@@ -42,11 +43,11 @@ def start_logging() -> None:
 
 
 @contextmanager
-def merge_progress() -> Iterator[Callable[[int, int], None]]:
+def tensor_progress(doing: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over tensors, on stderr."""
-    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("merging", total=None)
+        task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -103,6 +104,16 @@ def show_report(report: "MergeReport", out: Path) -> None:
     """One line on what was made; warnings were logged."""
     rules = ", ".join(f"{count} {rule}" for rule, count in report.rules.items())
     console.print(f"{out}: {len(report.experts)} experts merged by {report.method} ({rules})")
+
+
+def show_extraction(report: "ExtractReport", out: Path) -> None:
+    """One line on what was made and what it misses; warnings were logged."""
+    counts = ", ".join(f"{count} {done}" for done, count in report.counts.items())
+    console.print(
+        f"{out}: {report.size / 1e6:.1f} MB ({counts}); relative error of the factors "
+        f"{report.mean_error:.3f} on average, {report.worst.error:.3f} at worst "
+        f"({report.worst.name})"
+    )
 
 
 def show_plan(plan: "Plan", seconds: float) -> None:

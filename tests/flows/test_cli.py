@@ -122,6 +122,35 @@ def test_check_says_what_would_happen(sources: list[object], zoo, tmp_path: Path
     assert "averaged" in poemerge("check", "--base", zoo.base(), "--expert", zoo.full(1)).output
 
 
+def test_extract_makes_an_adapter(zoo, tmp_path: Path) -> None:  # noqa: ANN001
+    out = tmp_path / "adapter"
+    given = ["--base", zoo.base(), "--expert", zoo.full(1), "--out", out]
+    done = poemerge("extract", *given, "--rank", 4, "--vectors", "drop", "--dtype", "bfloat16")
+    assert done.exit_code == 0
+    report = json.loads((out / "extract_report.json").read_text())
+    assert report["params"]["rank"] == 4
+    assert report["params"]["dtype"] == "bfloat16"
+    said = " ".join(done.stdout.split())
+    size = (out / "adapter_model.safetensors").stat().st_size / 1e6
+    assert f"{out}: {size:.1f} MB" in said
+    assert f"{report['mean_error']:.3f} on average" in said
+    assert f"at worst ({report['worst']})" in said
+    assert "dropped (vectors=drop)" in " ".join(done.stderr.split())
+    merged = poemerge("merge", "--base", zoo.base(), "--expert", out, "--out", tmp_path / "merged")
+    assert merged.exit_code == 0
+
+
+def test_extract_refuses_in_one_sentence(zoo, tmp_path: Path) -> None:  # noqa: ANN001
+    given = ["--base", zoo.base(), "--out", tmp_path / "a"]
+    refused = poemerge("extract", *given, "--expert", zoo.adapter(1), "--rank", 4)
+    assert refused.exit_code == 1
+    assert "error: " in refused.stderr.splitlines()[-1]
+    assert "is a PEFT adapter already" in refused.stderr
+    assert poemerge("extract", *given, "--expert", zoo.full(1), "--rank", 0).exit_code == 1
+    assert poemerge("extract", *given, "--expert", zoo.full(1)).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_methods_lists_all_with_their_settings() -> None:
     said = " ".join(poemerge("methods").output.split())
     for name, method in METHODS.items():
