@@ -16,7 +16,7 @@ from poemerge import extract_rules as rules
 from poemerge.errors import CheckpointError, NumericalError, PoemergeError, SettingError
 from poemerge.extract import extract_adapter
 from poemerge.extract_report import ExtractReport, TensorOutcome
-from poemerge.extraction import SAVED_WITH, TIED
+from poemerge.extraction import INTEGERS, SAVED_WITH, TIED
 from poemerge.lineage import Lineage, hash_files
 from poemerge.merge import expert_weights, merge_checkpoints
 from tests.core.stacks import assert_close
@@ -285,6 +285,25 @@ def test_a_module_is_kept_with_all_its_tensors(tmp_path: Path) -> None:
     report = extract_adapter(base, expert, tmp_path / "a", FULL)
     assert by_name(report)["transformer.h.1.ln_1.weight"].reason == SAVED_WITH
     assert_close(logits(unmerged(base, tmp_path / "a")), logits(model))
+
+
+def test_parameters_of_no_module_of_their_own_are_dropped(tmp_path: Path) -> None:
+    """PEFT keeps whole modules: not a model's own parameter, nor one beside further modules."""
+    torch.manual_seed(0)
+    shapes = {"scale": (3,), "patches.token": (1, 1, 4), "patches.proj.weight": (4, 6)}
+    start = {name: torch.randn(shape) for name, shape in shapes.items()}
+    steps = {name: torch.tensor([7]) for name in ("steps.count", "steps.other")}
+    for folder, move in ((tmp_path / "base", 0.0), (tmp_path / "expert", 0.1)):
+        folder.mkdir()
+        moved = {name: weight + move for name, weight in start.items()}
+        save_file(moved | steps, folder / "model.safetensors")
+    report = extract_adapter(tmp_path / "base", tmp_path / "expert", tmp_path / "a", 2)
+    done = {tensor.name: (tensor.done, tensor.reason) for tensor in report.tensors}
+    assert done["scale"] == ("dropped", rules.ROOTLESS)
+    assert done["patches.token"] == ("dropped", rules.NESTED)
+    assert done["patches.proj.weight"] == ("factors", "")
+    assert done["steps.count"] == ("untouched", INTEGERS)
+    assert len(report.warnings) == 2
 
 
 def test_the_adapter_is_an_expert(zoo: Zoo, tmp_path: Path) -> None:
