@@ -134,7 +134,7 @@ def show_plan(plan: "Plan", seconds: float) -> None:
     for note in plan.notes:
         console.print(f"[yellow]note[/] {note}")
     console.print(
-        f"peak memory about {plan.peak_bytes / 1e9:.1f} GB; reads {plan.read_bytes / 1e9:.2f} GB; "
+        f"peak memory about {plan.peak_bytes() / 1e9:.1f} GB; reads {plan.read_bytes / 1e9:.2f} GB; "
         f"about {seconds:.0f} s on this machine"
     )
 

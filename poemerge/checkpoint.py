@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
+import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,30 +52,65 @@ class TensorInfo:
         return self.dtype.is_floating_point
 
 
+Rows = tuple[int, int]  # first row, and the one after the last
+
+
 class TensorFiles:
-    """Named tensors spread over one or more safetensors files of one folder."""
+    """Named tensors spread over one or more safetensors files of one folder.
+
+    The library checks the headers. Values are read, not mapped: what is in memory is then what was
+    asked for, and no more.
+    """
 
     def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
         self.folder = folder
-        self._open = ExitStack()
-        self._handles = {file: self._open.enter_context(_open(folder / file)) for file in files}
-        self.tensors = dict(sorted(self._read_headers()))
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open: dict[str, int] = {}  # file → descriptor
+        self._starts: dict[str, int] = {}  # tensor → where its bytes begin
+        self._close = weakref.finalize(self, _close_all, self._open)
+        for file in files:
+            self._add(file)
+        self.tensors = dict(sorted(self.tensors.items()))
 
-    def _read_headers(self) -> list[tuple[str, TensorInfo]]:
-        return [
-            (name, _info(self.folder / file, name, handle.get_slice(name)))
-            for file, handle in self._handles.items()
-            for name in handle.keys()  # noqa: SIM118 - a safetensors handle is no dict
-        ]
+    def _add(self, file: str) -> None:
+        path = self.folder / file
+        with _open(path) as header:
+            names = header.keys()
+            self.tensors |= {name: _info(path, name, header.get_slice(name)) for name in names}
+        self._open[file] = os.open(path, os.O_RDONLY)
+        self._starts |= _starts(self._open[file])
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype, on the CPU."""
-        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)
+    def read(self, name: str, rows: Rows | None = None, *, pinned: bool = False) -> Tensor:
+        """One tensor, or some of its rows, in its stored dtype, on the CPU.
+
+        Args:
+            name: of the tensor.
+            rows: of a tensor with one axis at least; all if None.
+            pinned: in memory that a GPU can fetch from by itself.
+
+        Raises:
+            CheckpointError: the file ends too early, having changed since it was opened.
+        """
+        info = self.tensors[name]
+        start, shape = self._starts[name], info.shape
+        if rows is not None:
+            start += rows[0] * math.prod(shape[1:]) * info.dtype.itemsize
+            shape = (rows[1] - rows[0], *shape[1:])
+        tensor = torch.empty(shape, dtype=info.dtype, pin_memory=pinned)
+        target = (
+            memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else b""
+        )
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._open[info.file], [target[done:]], start + done)
+            if count == 0:
+                raise CheckpointError(f"{self.folder / info.file} has shrunk; fetch it again.")
+            done += count
         return tensor
 
     def close(self) -> None:
         """Let go of the files."""
-        self._open.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -181,6 +217,11 @@ def _check_inside(folder: Path, file: str) -> None:
         raise CheckpointError(f"{folder / file} is missing (named in {INDEX}); fetch it again.")
 
 
+def _close_all(descriptors: Mapping[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -188,6 +229,13 @@ def _open(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is no intact safetensors file ({error}); fetch it again."
         ) from error
+
+
+def _starts(descriptor: int) -> dict[str, int]:
+    """Where each tensor's bytes begin, from a header that the library has checked."""
+    size = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    header = json.loads(os.pread(descriptor, size, 8))
+    return {n: 8 + size + e["data_offsets"][0] for n, e in header.items() if n != "__metadata__"}
 
 
 def _info(path: Path, name: str, header: Any) -> TensorInfo:

@@ -1,18 +1,19 @@
 """What a planned merge will take: floating-point operations and bytes, over rates measured now."""
 
 import hashlib
-import math
 import time
 from collections.abc import Callable
 
 import torch
 
-from poemerge.plan import Group, Plan
-from poemerge.rules import AVERAGE, COPY, FORMULA, TIED
+from poemerge.groups import Group
+from poemerge.plan import Plan
+from poemerge.rules import FORMULA, MATRIX, VOCABULARY
+from poemerge.solver import SMALL
 
-STEPS = 30  # reweightings that a heavy-tailed solve is counted with; most need fewer
+STEPS = 8  # reweightings that a heavy-tailed solve is counted with
 PASSES = 12  # over an update, by an elementwise method
-PROBE = 512  # side of the matrix product that measures arithmetic
+PROBE = 768  # side of the matrix product that measures arithmetic
 PROBE_BYTES = 16 << 20
 
 
@@ -21,36 +22,46 @@ def estimate_seconds(plan: Plan, device: torch.device) -> float:
 
     Reading, hashing and writing are counted at the rate at which this machine hashes.
     """
-    flops = sum(len(group.tensors) * _flops(group) for group in plan.groups)
+    seconds = 0.0
+    for dtype in (torch.float32, torch.float64):
+        flops = sum(_flops(group, plan) for group in plan.groups if _dtype(group) == dtype)
+        seconds += flops / _flop_rate(device, dtype) if flops else 0.0
     passes = sum(len(group.tensors) * _pass_bytes(group, plan) for group in plan.groups)
     total = plan.read_bytes + 2 * sum(info.bytes for info in plan.base.tensors.values())
-    return flops / _flop_rate(device) + passes / _pass_rate(device) + total / _hash_rate()
+    return seconds + passes / _pass_rate(device) + total / _hash_rate()
 
 
-def _flops(group: Group) -> float:
-    """Of one tensor of the group, solved as a product of experts."""
-    if group.rule in {COPY, TIED, AVERAGE, FORMULA}:
+def _dtype(group: Group) -> torch.dtype:
+    """In which its systems are solved."""
+    return torch.float64 if group.in_factors or min(group.shape) <= SMALL else torch.float32
+
+
+def _flops(group: Group, plan: Plan) -> float:
+    """Of all tensors of the group, solved as a product of experts."""
+    if group.rule not in {MATRIX, VOCABULARY}:
         return 0.0
     rows, columns = group.shape
-    side, other = min(rows, columns), max(rows, columns)
+    feature = group.rule == VOCABULARY or getattr(plan.settings, "acts_on", "") == "input"
+    side, other = (columns, rows) if feature else (rows, columns)
     factor = 0.0
     if group.in_factors:
-        rank = sum(r or 0 for r in group.ranks)
+        rank = group.joint_rank
         factor = 4.0 * (rows + columns) * rank**2 + 2.0 * rows * columns * rank
         side, other = min(side, rank), min(other, rank)
     forms = 4.0 * len(group.voters) * side**2 * other
-    return factor + forms + STEPS * (4.0 * side**2 * other + side**3 / 3)
+    steps = STEPS if hasattr(plan.settings, "max_steps") else 1
+    return len(group.tensors) * (factor + forms + steps * (4.0 * side**2 * other + side**3 / 3))
 
 
 def _pass_bytes(group: Group, plan: Plan) -> float:
     """Memory traffic of one tensor: base and result, and the updates of elementwise methods."""
-    size = 4.0 * math.prod(group.shape)
-    elementwise = group.rule in {AVERAGE, FORMULA} and not plan.method.factors
+    size = 4.0 * group.size
+    elementwise = group.rule == FORMULA and not plan.method.factors(plan.settings)
     return size * (6 + (PASSES * len(group.voters) if elementwise else 2 * len(group.voters)))
 
 
-def _flop_rate(device: torch.device) -> float:
-    matrix = torch.ones(PROBE, PROBE, dtype=torch.float64, device=device)
+def _flop_rate(device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.ones(PROBE, PROBE, dtype=dtype, device=device)
     return 2.0 * PROBE**3 / _seconds(lambda: float((matrix @ matrix)[0, 0]))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poemerge.adapter import Adapter, is_adapter
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
 from poemerge.errors import CheckpointError
 from poemerge.rules import is_head, is_tied_head
 from poemerge.task_vector import Dense, LowRank, Update
@@ -29,6 +29,12 @@ class Expert(Protocol):
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """A = W - W₀ in fp32 or better, given W₀ in fp32; finite, or CheckpointError."""
+
+    def fill(self, info: TensorInfo, base: Tensor, out: Tensor, rows: Rows | None) -> None:
+        """Write the dense update of those rows into `out`, given W₀ there; it may not be finite."""
+
+    def factors(self, info: TensorInfo) -> LowRank:
+        """The update in factors, fp32, on the CPU, where `rank` is a number; maybe not finite."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -64,6 +70,16 @@ class FullExpert:
         weight = self._checkpoint.read(self._names[info.name]).to(base.device).float()
         check_finite(weight, info.name, f"expert {self.name!r} ({self.folder})")
         return Dense(weight - base)
+
+    def fill(self, info: TensorInfo, base: Tensor, out: Tensor, rows: Rows | None) -> None:
+        """W - W₀."""
+        pinned = out.device.type == "cuda"
+        weight = self._checkpoint.read(self._names[info.name], rows, pinned=pinned)
+        out.copy_(weight, non_blocking=pinned).sub_(base)
+
+    def factors(self, info: TensorInfo) -> LowRank:
+        """There are none."""
+        raise AssertionError(f"{info.name} of a full fine-tune has no factors")
 
     def close(self) -> None:
         """Let go of the files."""
@@ -127,6 +143,23 @@ class AdapterExpert:
         if len(info.shape) == 2:
             return LowRank.zero(*info.shape).to(base.device, torch.float32)
         return Dense(torch.zeros_like(base))
+
+    def fill(self, info: TensorInfo, base: Tensor, out: Tensor, rows: Rows | None) -> None:
+        """The factors multiplied out, a difference for replaced tensors, zero for the rest."""
+        if info.name in self.adapter.replaced:
+            out.copy_(self.adapter.read(self.adapter.replaced[info.name], rows)).sub_(base)
+        elif info.name in self.adapter.factors:
+            both = self.factors(info).to(out.device, torch.float32)
+            up = both.up if rows is None else both.up[slice(*rows)]
+            torch.mm(up, both.down, out=out)
+        else:
+            out.zero_()
+
+    def factors(self, info: TensorInfo) -> LowRank:
+        """Scaled factors; of rank 0 where the adapter leaves the tensor alone."""
+        if info.name not in self.adapter.factors:
+            return LowRank.zero(*info.shape)
+        return self.adapter.update(info.name)
 
     def close(self) -> None:
         """Let go of the files."""

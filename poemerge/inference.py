@@ -2,108 +2,155 @@
 
 Majorise-minimise: weights from M, then M from weights. Each step minimises a quadratic that touches
 the energy from above, so the energy never rises; the recorded energies are the certificate.
+
+The step is a map of log weights to log weights, which Anderson mixing accelerates. A mixed step
+that would raise the energy is thrown away, and a plain one follows; so the promise stands.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from poemerge import linalg
-from poemerge.experts import Grams, Tail
+from poemerge.anderson import Anderson
+from poemerge.experts import Form, Tail
+
+LOOK_EVERY = {"cuda": 4}  # steps between two looks at whether all is settled; each look waits
 
 
 @dataclass(frozen=True)
 class Stop:
-    """When to stop: after `max_steps`, or when a step moves M by less than a tolerance.
+    """When to stop: after `max_steps`, or when no weight would change by more than a part `rtol`.
 
-    The tolerance is `rtol` · ||M|| where `atol` is 0, else `atol` alone (the published rule).
+    Where `atol` is positive the published rule holds instead: plain steps, until one moves M by
+    less than `atol`.
     """
 
     max_steps: int
     rtol: float
     atol: float = 0.0
 
-    def settled(self, new: Tensor, old: Tensor) -> Tensor:
-        """True (B,) where the step from `old` to `new` was small enough; both (B, O, I)."""
-        change = torch.linalg.matrix_norm(new - old)
-        if self.atol > 0:
-            return change < self.atol
-        return change <= self.rtol * torch.linalg.matrix_norm(new)
-
 
 @dataclass
 class Mode:
-    """The merged updates of a batch and what certifies them; axes B and E as in experts.py."""
+    """The merged updates of a batch and how they were found; axes B and E as in experts.py."""
 
     merged: Tensor  # M (B, O, I)
-    residuals: Tensor  # q_i(M) (B, E)
-    weights: Tensor  # α (B, E), those that M solves
+    weights: Tensor  # α (B, E), those that M asks for
     steps: Tensor  # (B,), 0 for a closed form
     converged: Tensor  # (B,)
+    failed: Tensor  # (B,): H was not positive definite
+    noise: Tensor  # (B,): by what part the weights may be off through rounding
     energies: list[Tensor] = field(default_factory=list)  # (B,) at the start and after each step
-    residual: Tensor = field(default_factory=lambda: torch.empty(0))  # ||H M - b|| / ||b|| (B,)
-    condition: Tensor = field(default_factory=lambda: torch.empty(0))  # of H (B,)
 
 
-def solve(forms: Grams, tail: Tail, start: Tensor, ridge: Tensor, stop: Stop) -> Mode:
+@dataclass
+class _State:
+    """Where a batch stands: the best M of each matrix, and the log weights x that gave it."""
+
+    merged: Tensor  # (B, O, I)
+    used: Tensor  # x (B, E)
+    asked: Tensor  # g (B, E): the log weights that M asks for; x = g at a mode
+    energy: Tensor  # (B,)
+    noise: Tensor  # (B, E): rounding of g
+
+
+def solve(form: Form, tail: Tail, start: Tensor, ridge: Tensor, stop: Stop) -> Mode:
     """Find the mode of p(M) ∝ Π exp(-E_i(M)) · exp(-λ/2 ||M||²) for every matrix of the batch.
 
     Args:
-        forms: the experts' residual forms.
+        form: the experts' residual forms.
         tail: their cost; a Gaussian one is solved in one step.
         start: weights (B, E) of the Gaussian mode to start from.
         ridge: λ (B,), fixed for the whole solve, or the energy would change under its feet.
         stop: when to stop.
     """
-    mode = _start(forms, tail, start, ridge)
-    while int(mode.steps.max()) < stop.max_steps and not bool(mode.converged.all()):
-        _step(mode, forms, tail, ridge, stop)
-    return _certify(mode, forms, ridge)
-
-
-def _start(forms: Grams, tail: Tail, weights: Tensor, ridge: Tensor) -> Mode:
-    merged = forms.mode(weights, ridge)
-    residuals = forms.residuals(merged)
+    voting = start > 0
+    merged, failed = form.mode(start, ridge)
+    state = _look(form, tail, merged, _log(start), ridge)
+    mixer = Anderson(state.used) if stop.atol == 0 else None
+    settled = _settled(state, stop)
+    steps = torch.zeros_like(ridge, dtype=torch.int64)
+    energies = [state.energy]
+    proposal, plain = _propose(state, mixer, torch.ones_like(settled))
+    every = LOOK_EVERY.get(ridge.device.type, 1)
+    for step in range(stop.max_steps):
+        if step % every == 0 and bool(settled.all()):
+            break
+        merged, broken = form.mode(proposal.exp() * voting, ridge)
+        new = _look(form, tail, merged, proposal, ridge)
+        better = (new.energy <= state.energy + _rounding(new)) & ~settled & ~broken
+        moved = _distance(new.merged, state.merged) if stop.atol > 0 else None
+        steps, failed = steps + ~settled, failed | (broken & plain & ~settled)
+        # Nothing but rounding can make a plain step rise: there is nowhere lower to go.
+        settled = settled | (plain & ~better)
+        state = _choose(better, new, state)
+        settled = settled | (better & _settled(state, stop, moved))
+        energies.append(state.energy)
+        proposal, plain = _propose(state, mixer, better)
     return Mode(
-        merged=merged,
-        residuals=residuals,
-        weights=weights,
-        steps=torch.zeros_like(ridge, dtype=torch.int64),
-        # A Gaussian tail asks for the weights that it started from: the start is the mode.
-        converged=(tail.weights(residuals) == weights).all(dim=-1),
-        energies=[_energy(tail, merged, residuals, ridge)],
+        merged=state.merged,
+        weights=state.asked.exp() * voting,
+        steps=steps,
+        converged=settled,
+        failed=failed,
+        noise=state.noise.amax(dim=-1),
+        energies=energies,
     )
 
 
-def _step(mode: Mode, forms: Grams, tail: Tail, ridge: Tensor, stop: Stop) -> None:
-    """One reweighting of the matrices that have not settled; the others stay as they are."""
-    active = ~mode.converged
-    weights = tail.weights(mode.residuals)
-    merged = forms.mode(weights, ridge)
-    settled = stop.settled(merged, mode.merged)
-    mode.merged = torch.where(active[:, None, None], merged, mode.merged)
-    mode.weights = torch.where(active[:, None], weights, mode.weights)
-    mode.residuals = forms.residuals(mode.merged)
-    mode.steps = mode.steps + active
-    mode.converged = mode.converged | settled
-    mode.energies.append(_energy(tail, mode.merged, mode.residuals, ridge))
-
-
-def _energy(tail: Tail, merged: Tensor, residuals: Tensor, ridge: Tensor) -> Tensor:
-    """Σ E_i(M) + λ/2 ||M||² (B,), in fp64."""
+def _look(form: Form, tail: Tail, merged: Tensor, used: Tensor, ridge: Tensor) -> _State:
+    """Energy of M, the log weights that it asks for, and the rounding of both."""
+    residuals, terms = form.residuals(merged)
     prior = 0.5 * ridge * merged.square().sum(dim=(-2, -1), dtype=torch.float64)
-    return tail.energy(residuals).sum(dim=-1) + prior
+    weights = tail.weights(residuals)
+    asked = torch.where(weights > 0, _log(weights), used)
+    rounding = torch.finfo(merged.dtype).eps * terms
+    # q is off by `rounding`, the energy by half of α times that, log α by at most as many parts.
+    noise = weights * rounding
+    return _State(merged, used, asked, tail.energy(residuals).sum(dim=-1) + prior, noise)
 
 
-def _certify(mode: Mode, forms: Grams, ridge: Tensor) -> Mode:
-    matrix, right = forms.system(mode.weights, ridge)
-    miss = torch.linalg.matrix_norm(matrix @ mode.merged - right)
-    size = torch.linalg.matrix_norm(right)
-    mode.residual = torch.where(size > 0, miss / size, miss)
-    smallest, largest = linalg.extreme_eigenvalues(matrix, linalg.cholesky(matrix))
-    if matrix.shape[-1] < forms.dimension:
-        # Beyond the subspace of the experts λ is the only eigenvalue, if there is a λ.
-        smallest = torch.where(ridge > 0, torch.minimum(smallest.to(ridge), ridge), smallest)
-    mode.condition = largest / smallest
-    return mode
+def _settled(state: _State, stop: Stop, moved: Tensor | None = None) -> Tensor:
+    """True (B,) where M solves the weights that it asks for, as far as rounding shows."""
+    if stop.atol > 0:
+        still = state.asked == state.used
+        return still.all(dim=-1) if moved is None else moved < stop.atol
+    gap = (state.asked - state.used).abs()
+    return (gap <= torch.clamp_min(state.noise, stop.rtol)).all(dim=-1)
+
+
+def _choose(better: Tensor, new: _State, old: _State) -> _State:
+    """The new state where it is better, matrix by matrix."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return _State(
+        merged=pick(new.merged, old.merged),
+        used=pick(new.used, old.used),
+        asked=pick(new.asked, old.asked),
+        energy=pick(new.energy, old.energy),
+        noise=pick(new.noise, old.noise),
+    )
+
+
+def _propose(state: _State, mixer: Anderson | None, better: Tensor) -> tuple[Tensor, Tensor]:
+    """The next log weights (B, E), and True (B,) where they are those of a plain step."""
+    if mixer is None:
+        return state.asked, torch.ones_like(better)
+    return mixer.next(state.used, state.asked, better)
+
+
+def _rounding(state: _State) -> Tensor:
+    """By how much the energy (B,) may be off."""
+    return 0.5 * state.noise.sum(dim=-1)
+
+
+def _distance(new: Tensor, old: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(new - old)
+
+
+def _log(weights: Tensor) -> Tensor:
+    return weights.clamp_min(math.exp(-600)).log()

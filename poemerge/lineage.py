@@ -90,6 +90,11 @@ class Source:
             return cls(name, hash_files(folder), uri)
         return cls(name, hash_files(folder), uri or record.uri, record.revision, asdict(record))
 
+    @classmethod
+    def of_file(cls, name: str, path: Path) -> Self:
+        """Hash one file."""
+        return cls(name, {path.name: sha256(path)})
+
     @property
     def digest(self) -> str:
         """One sha256 for all files: equal digests mean equal bytes under equal names."""

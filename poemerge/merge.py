@@ -13,13 +13,13 @@ from torch import Tensor
 from poemerge.atomic import new_folder
 from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device
-from poemerge.errors import SettingError
 from poemerge.expert_files import open_expert
 from poemerge.lineage import Lineage, Source, core_code
 from poemerge.methods import find
+from poemerge.outfolder import check_out
 from poemerge.plan import plan_merge
 from poemerge.report import MergeReport
-from poemerge.walk import Walk
+from poemerge.walk import Choices, Walk
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +33,9 @@ def merge_checkpoints(
     *,
     dtype: str = "source",
     output: str = "full",
+    rank: int | None = None,
     seed: int = 0,
+    memory: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     **settings: Any,
@@ -50,7 +52,9 @@ def merge_checkpoints(
         dtype: to store: `source`, `float32`, `bfloat16` or `float16`; the mathematics is in fp32 or
             better either way.
         output: `full`, or `adapter` for an exact merged PEFT adapter of rank ≤ Σ r.
+        rank: to which a merged adapter is truncated, at the best; None leaves it exact.
         seed: of methods that draw at random.
+        memory: budget in bytes for the whole process; None takes what is quick.
         overwrite: replace `out` where it exists.
         progress: called with (tensors done, tensors in all).
         **settings: of the method.
@@ -61,15 +65,18 @@ def merge_checkpoints(
     Raises:
         PoemergeError: something was refused; `out` is then untouched.
     """
-    out = Path(out)
+    out, base = Path(out), Path(base)
     folders = name_experts(experts)
-    _check_out(out, [Path(base), *folders.values()], overwrite=overwrite)
-    choices = {"device": device, "dtype": dtype, "output": output, "seed": seed}
-    with plan_merge(Path(base), folders, method, settings) as plan:
-        walk = Walk(plan, pick_device(device), dtype, output, seed, progress or _silent)
-        lineage = merge_lineage(Path(base), folders, method, settings, choices)
+    check_out(out, [base, *folders.values()], overwrite=overwrite)
+    params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
+    params |= {"rank": rank, "memory": memory}
+    with plan_merge(base, folders, method, settings) as plan, ThreadPoolExecutor(1) as pool:
+        choices = Choices(pick_device(device), dtype, output, seed, rank, memory)
+        walk = Walk(plan, choices, progress or _silent)
+        # Inputs are hashed while they are merged.
+        lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
         with new_folder(out) as folder, torch.inference_mode():
-            return walk.run(folder, lineage)
+            return walk.run(folder, lineage.result)
 
 
 def merge_lineage(
@@ -81,11 +88,16 @@ def merge_lineage(
 ) -> Lineage:
     """The record of a merge, before it is done: what decides whether it must be done again."""
     parsed = asdict(find(method).settings.parse(settings))
+    files = parsed.get("curvature") or {}
     with ThreadPoolExecutor(max_workers=2) as pool:
-        inputs = tuple(pool.map(Source.of, ("base", *experts), (base, *experts.values())))
+        inputs = list(pool.map(Source.of, ("base", *experts), (base, *experts.values())))
+        names = [f"curvature of {name}" for name in files]
+        inputs += pool.map(Source.of_file, names, map(Path, files.values()))
+    if files:  # where they lie is no part of the record; what they hold is among the inputs
+        parsed["curvature"] = {name: Path(file).name for name, file in files.items()}
     device = describe_device(pick_device(str(choices["device"])))
     params = {"method": method, "settings": parsed, **choices}
-    return Lineage("merge", params, inputs, device=device, code=core_code())
+    return Lineage("merge", params, tuple(inputs), device=device, code=core_code())
 
 
 def expert_weights(base: Path, expert: Path | None) -> Iterator[tuple[str, Tensor]]:
@@ -127,17 +139,6 @@ def unused_name(name: str, taken: Container[str]) -> str:
     while fresh in taken:
         fresh, count = f"{name}-{count}", count + 1
     return fresh
-
-
-def _check_out(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
-    resolved = out.resolve()
-    for source in (source.resolve() for source in sources):
-        if resolved in (source, *source.parents) or source in resolved.parents:
-            raise SettingError(
-                f"{out} is, holds or lies in the source {source}; choose another folder."
-            )
-    if out.exists() and not overwrite:
-        raise SettingError(f"{out} exists already; choose another folder, or say `--overwrite`.")
 
 
 def _silent(_done: int, _total: int) -> None:

@@ -19,14 +19,57 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a method needs beside the task vectors and its settings."""
+class Cut:
+    """Pieces of a matrix, along its rows or columns.
 
-    weights: Tensor  # one per voting expert (E,), fp64
-    seeds: tuple[tuple[int, ...], ...] = ()  # B × E, from the run's seed, tensor and expert
+    Attributes:
+        axis: `rows` (O) or `columns` (I).
+        sizes: of the pieces, in order; they add up to the axis.
+        apart: True for fused projections: matrices of their own, with precisions of their own.
+            False if only the experts' weights are cut.
+    """
+
+    axis: str
+    sizes: tuple[int, ...]
+    apart: bool = False
+
+    @classmethod
+    def into_blocks(cls, axis: str, length: int, size: int) -> "Cut | None":
+        """Blocks of one size, the last maybe smaller; None where one block is all."""
+        if size >= length:
+            return None
+        whole, rest = divmod(length, size)
+        return cls(axis, (size,) * whole + (rest,) * bool(rest))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a method needs beside the task vectors and its settings.
+
+    Attributes:
+        weights: say of each voting expert (B, E), fp64.
+        seeds: B × E, from the run's seed, tensor and expert.
+        curvature: what the experts' curvature files hold, (B, E, *shape) or (B, E, I, I).
+        prepared: what `Method.prepare` found in the whole tensors (B, E), where rows are merged
+            apart.
+        cut: how the matrix falls into pieces, from the plan.
+    """
+
+    weights: Tensor
+    seeds: tuple[tuple[int, ...], ...] = ()
+    curvature: Tensor | None = None
+    prepared: Tensor | None = None
+    cut: Cut | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the pieces; none if the matrix is whole."""
+        return self.cut.sizes if self.cut else ()
 
 
 Rule = Callable[[Stack, Any, Call], Merged]
+Trait = Callable[[Any], bool]  # of a method, given its settings
+Prepare = Callable[[Tensor, Any], Tensor]  # whole update, settings → a number
 
 
 @dataclass(frozen=True)
@@ -39,14 +82,18 @@ class Method:
         source: where the formula comes from.
         structured: True if it treats matrices as matrices; vectors are then averaged.
         factors: True if low-rank task vectors give a low-rank update.
+        local: True if rows of a tensor can be merged apart, so that no tensor is ever too large.
+        prepare: a number that it must know of each whole update before that.
     """
 
     name: str
     merge: Rule
     settings: type[Settings]
     source: str
-    structured: bool = False
-    factors: bool = False
+    structured: Trait
+    factors: Trait
+    local: bool = False
+    prepare: Prepare | None = None
 
     @property
     def summary(self) -> str:
@@ -57,14 +104,32 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
+def never(_: Any) -> bool:
+    """False, whatever the settings."""
+    return False
+
+
+def always(_: Any) -> bool:
+    """True, whatever the settings."""
+    return True
+
+
 def register(
-    *, settings: type[Settings], source: str, structured: bool = False, factors: bool = False
+    *,
+    settings: type[Settings],
+    source: str,
+    structured: Trait = never,
+    factors: Trait = never,
+    local: bool = False,
+    prepare: Prepare | None = None,
 ) -> Callable[[Rule], Rule]:
     """Enter a function into the table under its own name."""
 
     def enter(rule: Rule) -> Rule:
         name = rule.__name__
-        METHODS[name] = Method(name, rule, settings, source, structured, factors)
+        METHODS[name] = Method(
+            name, rule, settings, source, structured, factors, local=local, prepare=prepare
+        )
         return rule
 
     return enter

@@ -3,67 +3,27 @@
 `poemerge check` prints it, `merge.py` executes it.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.curvature import Curvature
+from poemerge.cuts import cut_for
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import Expert, open_expert
+from poemerge.groups import Group
+from poemerge.memory import LIMITS, batch_bytes, fit, peak_bytes
 from poemerge.method import Method
 from poemerge.methods import find
-from poemerge.rules import COPY, MATRIX, TIED, VOCABULARY, rule_for
+from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, rule_for
 from poemerge.settings import Settings
 
-BATCH_BYTES = 64 << 20  # of updates held at once; a larger tensor goes alone
-WORKING_COPIES = 5  # of a batch of updates that a method holds at its peak; fp64 is two
-OVERHEAD = 350 << 20  # Python, torch and the files' headers
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors of one shape that are read, merged and written together."""
-
-    rule: str
-    shape: tuple[int, ...]
-    voters: tuple[int, ...]  # indices of experts
-    ranks: tuple[int | None, ...]  # per voter; None is dense
-    tensors: tuple[TensorInfo, ...]  # all in one file
-
-    @property
-    def file(self) -> str:
-        """The base's shard that holds these tensors, and the output's that will."""
-        return self.tensors[0].file
-
-    @property
-    def in_factors(self) -> bool:
-        """True if every voter's update is kept in factors, all the way."""
-        return bool(self.ranks) and all(rank is not None for rank in self.ranks)
-
-    @property
-    def update_bytes(self) -> int:
-        """Size of the voters' updates of one tensor, in fp32."""
-        if self.in_factors:
-            return 4 * sum(self.shape) * sum(rank or 0 for rank in self.ranks)
-        return 4 * math.prod(self.shape) * len(self.voters)
-
-    def batches(self) -> Iterator["Group"]:
-        """Cut into groups that fit `BATCH_BYTES`."""
-        size = max(1, BATCH_BYTES // max(1, self.update_bytes + 4 * math.prod(self.shape)))
-        for start in range(0, len(self.tensors), size):
-            part = self.tensors[start : start + size]
-            yield Group(self.rule, self.shape, self.voters, self.ranks, part)
-
-    def peak_bytes(self, side: str) -> int:
-        """Memory while this group is merged: updates, what the method holds, base and result."""
-        work = self.update_bytes * WORKING_COPIES
-        if self.rule in {MATRIX, VOCABULARY} and not self.in_factors:
-            feature = self.rule == VOCABULARY or side == "input"
-            work += 8 * (len(self.voters) + 3) * self.shape[feature] ** 2
-        return len(self.tensors) * (work + 12 * math.prod(self.shape))
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -74,6 +34,7 @@ class Plan:
     experts: tuple[Expert, ...]
     method: Method
     settings: Settings
+    curvature: Curvature
     groups: tuple[Group, ...]
     notes: tuple[str, ...] = ()
     _open: ExitStack = field(default_factory=ExitStack)
@@ -84,19 +45,27 @@ class Plan:
         return dict(sorted((t.name, g.rule) for g in self.groups for t in g.tensors))
 
     @property
-    def peak_bytes(self) -> int:
-        """Estimate of the largest resident memory, whole process."""
-        side = getattr(self.settings, "side", "")
-        parts = (part.peak_bytes(side) for group in self.groups for part in group.batches())
-        return OVERHEAD + max(parts, default=0)
-
-    @property
     def read_bytes(self) -> int:
         """What is read: the base and every expert, once."""
         sizes = (
             path.stat().st_size for e in self.experts for path in e.folder.glob("*.safetensors")
         )
         return sum(t.bytes for t in self.base.tensors.values()) + sum(sizes)
+
+    def limit(self, device: torch.device, budget: int | None = None) -> int:
+        """Loaded bytes of a batch, within a budget of memory (bytes) if there is one.
+
+        Raises:
+            SettingError: the budget is too small for the largest tensor group.
+        """
+        usual = LIMITS[device.type]
+        if budget is not None:
+            usual = fit(self.groups, self.method, self.settings, device, budget)
+        return batch_bytes(self.method, device, usual)
+
+    def peak_bytes(self, device: torch.device = CPU, budget: int | None = None) -> int:
+        """Estimate of the largest resident memory, whole process."""
+        return peak_bytes(self.groups, self.method, self.settings, self.limit(device, budget))
 
     def close(self) -> None:
         """Let go of all files."""
@@ -132,9 +101,14 @@ def plan_merge(
         for name, folder in experts.items():
             opened.append(open_expert(name, folder, checkpoint))
             stack.callback(opened[-1].close)
-        groups = _groups(checkpoint, tuple(opened), found)
-        notes = _notes(checkpoint, opened, groups)
-        return Plan(checkpoint, tuple(opened), found, parsed, groups, notes, stack.pop_all())
+        curvature = Curvature(tuple(experts), parsed)
+        stack.callback(curvature.close)
+        planner = _Planner(checkpoint, tuple(opened), found, parsed, curvature)
+        groups = planner.groups()
+        notes = _notes(checkpoint, opened, groups) + planner.notes(groups)
+        return Plan(
+            checkpoint, tuple(opened), found, parsed, curvature, groups, notes, stack.pop_all()
+        )
 
 
 def _check_names(experts: tuple[str, ...], settings: Settings) -> None:
@@ -143,32 +117,62 @@ def _check_names(experts: tuple[str, ...], settings: Settings) -> None:
     for name in settings.weights:
         if name not in experts:
             raise SettingError(f"weights names no expert by {name!r}; use {', '.join(experts)}.")
-    if not any(settings.weights.get(name, 1.0) > 0 for name in experts):
+    if not any(settings.weights.get(name, 1.0) != 0 for name in experts):
         raise SettingError("weights gives every expert 0; leave at least one a say.")
 
 
-def _groups(base: Checkpoint, experts: tuple[Expert, ...], method: Method) -> tuple[Group, ...]:
-    groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
-    for info in base.tensors.values():
-        groups.setdefault(_group_key(info, base, experts, method), []).append(info)
-    return tuple(
-        Group(rule, shape, voters, ranks, tuple(tensors))
-        for (rule, shape, voters, ranks, *_), tensors in groups.items()
-    )
+@dataclass(frozen=True)
+class _Planner:
+    """What decides on the tensors, one by one."""
 
+    base: Checkpoint
+    experts: tuple[Expert, ...]
+    method: Method
+    settings: Settings
+    curvature: Curvature
 
-def _group_key(
-    info: TensorInfo, base: Checkpoint, experts: tuple[Expert, ...], method: Method
-) -> tuple[Any, ...]:
-    voters = tuple(i for i, expert in enumerate(experts) if expert.votes(info))
-    ranks = tuple(experts[i].rank(info) for i in voters)
-    touched = any(rank != 0 for rank in ranks)
-    rule = rule_for(info, base, structured=method.structured, touched=touched)
-    if rule in {COPY, TIED}:
-        voters, ranks = (), ()
-    if len(info.shape) != 2 or not method.factors:
-        ranks = tuple(None for _ in ranks)
-    return rule, info.shape, voters, ranks, info.dtype, info.file
+    def groups(self) -> tuple[Group, ...]:
+        """Tensors of equal key, together."""
+        found: dict[tuple[str, torch.dtype, Group], list[TensorInfo]] = {}
+        for info in self.base.tensors.values():
+            key = (info.file, info.dtype, self._decide(info))
+            found.setdefault(key, []).append(info)
+        return tuple(
+            replace(group, tensors=tuple(tensors)) for (_, _, group), tensors in found.items()
+        )
+
+    def _decide(self, info: TensorInfo) -> Group:
+        """A group with no tensors yet."""
+        voters = tuple(i for i, expert in enumerate(self.experts) if expert.votes(info))
+        ranks = tuple(self.experts[i].rank(info) for i in voters)
+        touched = any(rank != 0 for rank in ranks)
+        structured = self.method.structured(self.settings)
+        rule = rule_for(info, self.base, structured=structured, touched=touched)
+        if rule in {COPY, TIED}:
+            return Group(rule, info.shape, (), (), ())
+        if len(info.shape) != 2 or not self.method.factors(self.settings):
+            ranks = tuple(None for _ in ranks)
+        entries = 0
+        if self.curvature.needed and rule != AVERAGE:
+            entries = self.curvature.entries(info, voters)
+            rule = rule if entries else AVERAGE
+        cut = None
+        if rule == MATRIX:
+            cut = cut_for(info, self.base, self.settings)
+        return Group(rule, info.shape, voters, ranks, (), cut, entries)
+
+    def notes(self, groups: tuple[Group, ...]) -> tuple[str, ...]:
+        """What the settings ask for and the tensors do not allow."""
+        if not self.curvature.needed:
+            return ()
+        solved = {FORMULA, MATRIX, VOCABULARY}
+        if not any(group.rule in solved for group in groups):
+            raise SettingError(
+                "The curvature files hold no tensor that every expert changes; give files whose "
+                "names are the base's."
+            )
+        rest = [t.name for g in groups if g.rule == AVERAGE for t in g.tensors]
+        return (f"No curvature is given for {_list(rest)}; averaged.",) if rest else ()
 
 
 def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -> tuple[str, ...]:

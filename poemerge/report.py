@@ -22,8 +22,8 @@ class TensorReport:
         rule: see rules.py.
         experts: names of those that voted.
         norms: ||A_i|| of each voter, ||M|| last; empty for copied tensors.
-        certificate: where a product of experts was solved: steps, converged, energies, weights,
-            residual ||H M - b|| / ||b||, condition of H, and growth ||M|| / max ||A_i||.
+        certificate: where a product of experts was solved (certificate.py).
+        truncation: ||M - M_r|| / ||M|| where the merged update was cut to a rank.
     """
 
     name: str
@@ -33,6 +33,7 @@ class TensorReport:
     experts: tuple[str, ...] = ()
     norms: tuple[float, ...] = ()
     certificate: Mapping[str, Any] = field(default_factory=dict)
+    truncation: float = 0.0
 
 
 @dataclass(frozen=True)

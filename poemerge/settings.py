@@ -2,11 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from poemerge.errors import SettingError
+from poemerge.mappings import says
 
 
 def setting(
@@ -16,6 +18,8 @@ def setting(
     low: float = -math.inf,
     high: float = math.inf,
     choices: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
+    check: Callable[[str, Any], Any] | None = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -25,8 +29,11 @@ def setting(
         low: smallest value allowed.
         high: largest value allowed.
         choices: the words allowed, for a word.
+        words: the words allowed beside numbers, for a number.
+        check: of a mapping: (name, value) → the value in its form, or SettingError.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    metadata |= {"words": words, "check": check}
     if isinstance(default, Mapping):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -41,9 +48,19 @@ class Settings:
     strength: float = setting(
         1.0, "factor on the merged update before it is added to the base", low=0.0
     )
-    weights: Mapping[str, float] = setting(
-        {}, "say of an expert, by its name; 1 where it is not named"
+    weights: Mapping[str, float | Mapping[str, float]] = setting(
+        {},
+        "say of an expert, by its name: a number, or numbers by tensor name pattern "
+        "(`*.mlp.*`), of which the first that fits counts; 1 where nothing is said",
+        check=says,
     )
+
+    def weight_of(self, expert: str, tensor: str) -> float:
+        """Say of an expert in a tensor."""
+        given = self.weights.get(expert, 1.0)
+        if not isinstance(given, Mapping):
+            return given
+        return next((say for pattern, say in given.items() if fnmatchcase(tensor, pattern)), 1.0)
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Self:
@@ -86,9 +103,11 @@ def _meaning(field_: Field[Any]) -> str:
 
 
 def _checked(field_: Field[Any], value: Any) -> Any:
-    default = default_of(field_)
-    if isinstance(default, Mapping):
-        return _weights(field_.name, value)
+    default, check = default_of(field_), field_.metadata["check"]
+    if check is not None:
+        return check(field_.name, value)
+    if value in field_.metadata["words"]:
+        return value
     if isinstance(default, str):
         return _word(field_, value)
     return _number(field_, value, whole=isinstance(default, int))
@@ -106,18 +125,10 @@ def _number(field_: Field[Any], value: Any, *, whole: bool) -> float | int:
     kind = "a whole number" if whole else "a number"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or (whole and value != int(value)):
-        raise SettingError(f"{field_.name} is {value!r}; give {kind}.")
+        words = "".join(f" or {word!r}" for word in field_.metadata["words"])
+        raise SettingError(f"{field_.name} is {value!r}; give {kind}{words}.")
     low, high = field_.metadata["low"], field_.metadata["high"]
     if not low <= value <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise SettingError(f"{field_.name} is {value:g}; it must be {bounds}.")
     return int(value) if whole else float(value)
-
-
-def _weights(name: str, value: Any) -> dict[str, float]:
-    numbers = isinstance(value, Mapping) and all(
-        isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in value.values()
-    )
-    if not numbers:
-        raise SettingError(f"{name} is {value!r}; give a mapping of expert names to numbers ≥ 0.")
-    return {str(expert): float(weight) for expert, weight in value.items()}

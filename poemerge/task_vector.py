@@ -1,21 +1,22 @@
 """What fine-tuning changed, A = W - W₀: dense, or as low-rank factors kept apart.
 
 A stack holds the task vectors of all experts for a batch of tensors of one shape. Both kinds of
-stack offer the same three views, so that a method is written once:
+stack offer the same views, so that a method is written once:
 
-    dense()         the updates themselves, (B, E, O, I)
-    combine(w)      Σ w_i A_i, in factors where the stack is in factors
-    coordinates()   smaller matrices with the same inner products, and the way back (subspace.py)
+    dense()           the updates themselves, (B, E, O, I)
+    combine(w)        Σ w_i A_i, in factors where the stack is in factors
+    reduced(o, i)     smaller matrices with the same inner products, and the way back (subspace.py)
+    mT, part(b)       the stack of the transposes, of one tensor
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from poemerge.subspace import JointSpace
+from poemerge.subspace import joint_basis
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class LowRank:
     def rank(self) -> int:
         """Inner dimension R of the factors."""
         return self.up.shape[-1]
+
+    @property
+    def mT(self) -> "LowRank":  # noqa: N802 - as torch spells it
+        """The transpose."""
+        return LowRank(self.down.mT, self.up.mT)
 
     def dense(self) -> Tensor:
         """The update itself, (..., O, I)."""
@@ -62,6 +68,11 @@ class Dense:
     """An update as it is; any shape."""
 
     delta: Tensor  # (..., O, I)
+
+    @property
+    def mT(self) -> "Dense":  # noqa: N802 - as torch spells it
+        """The transpose."""
+        return Dense(self.delta.mT)
 
     def dense(self) -> Tensor:
         """The update itself."""
@@ -99,17 +110,38 @@ class DenseStack:
         """Shape of one update."""
         return tuple(self.deltas.shape[2:])
 
+    @property
+    def mT(self) -> "DenseStack":  # noqa: N802 - as torch spells it
+        """The stack of the transposes."""
+        return DenseStack(self.deltas.mT)
+
+    def to(self, device: torch.device) -> "DenseStack":
+        """The same elsewhere."""
+        return DenseStack(self.deltas.to(device))
+
+    def part(self, index: int) -> "DenseStack":
+        """The stack of one tensor of the batch."""
+        return DenseStack(self.deltas[index : index + 1])
+
     def dense(self) -> Tensor:
         """The updates, (B, E, *shape)."""
         return self.deltas
 
     def combine(self, weights: Tensor) -> Update:
-        """Σ w_i A_i for weights (E,)."""
-        return Dense(torch.einsum("be...,e->b...", self.deltas, weights.to(self.deltas)))
+        """Σ w_i A_i for weights (B, E)."""
+        return Dense(torch.einsum("be...,be->b...", self.deltas, weights.to(self.deltas)))
 
-    def coordinates(self) -> tuple[Tensor, Lift]:
-        """The updates themselves in fp64: a dense stack is its own space."""
-        return self.deltas.double(), Dense
+    def reduced(self, rows: bool, columns: bool) -> tuple[Tensor, Lift]:  # noqa: ARG002
+        """The updates in their joint column space (B, E, K, I) where that is smaller, if `rows`.
+
+        K = E · I < O: an orthonormal form of Woodbury's identity. Their rows are left alone: a
+        basis of them costs more than it saves.
+        """
+        experts, tall, wide = self.deltas.shape[1:]
+        if not rows or experts * wide >= tall:
+            return self.deltas, Dense
+        basis, parts = joint_basis(self.deltas.unbind(dim=1))
+        return torch.stack(parts, dim=1), lambda inner: Dense(basis.to(inner) @ inner)
 
 
 @dataclass(frozen=True)
@@ -124,34 +156,61 @@ class LowRankStack:
         """Shape (O, I) of one update."""
         return self.ups[0].shape[-2], self.downs[0].shape[-1]
 
+    @property
+    def mT(self) -> "LowRankStack":  # noqa: N802 - as torch spells it
+        """The stack of the transposes."""
+        turned = [tuple(factor.mT for factor in side) for side in (self.downs, self.ups)]
+        return LowRankStack(*turned)
+
+    def to(self, device: torch.device) -> "LowRankStack":
+        """The same elsewhere."""
+        moved = [tuple(factor.to(device) for factor in side) for side in (self.ups, self.downs)]
+        return LowRankStack(*moved)
+
+    def part(self, index: int) -> "LowRankStack":
+        """The stack of one tensor of the batch."""
+        own = slice(index, index + 1)
+        return LowRankStack(tuple(up[own] for up in self.ups), tuple(d[own] for d in self.downs))
+
     def dense(self) -> Tensor:
         """The updates multiplied out, (B, E, O, I), in fp32 or better."""
         return torch.stack([u @ d for u, d in zip(self.ups, self.downs, strict=True)], dim=1)
 
     def combine(self, weights: Tensor) -> Update:
-        """Σ w_i A_i for weights (E,), exact in factors of rank Σ R_i."""
-        ups = [up * weight for up, weight in zip(self.ups, weights, strict=True)]
+        """Σ w_i A_i for weights (B, E), exact in factors of rank Σ R_i."""
+        say = weights.mT[:, :, None, None]  # (E, B, 1, 1)
+        ups = [up * share.to(up) for up, share in zip(self.ups, say, strict=True)]
         return LowRank(torch.cat(ups, dim=-1), torch.cat(self.downs, dim=-2))
 
-    def coordinates(self) -> tuple[Tensor, Lift]:
-        """The updates in their joint column and row space, (B, E, K, K'), in fp64; exact."""
-        space = JointSpace.of(self.ups, self.downs)
-        return space.coordinates, lambda inner: LowRank(*space.factors(inner))
+    def reduced(self, rows: bool, columns: bool) -> tuple[Tensor, Lift]:
+        """The updates in their joint column space, row space or both, in fp64; exact.
+
+        Args:
+            rows: exchange O for K ≤ Σ R_i.
+            columns: exchange I for K' ≤ Σ R_i.
+
+        Returns:
+            Ã (B, E, K or O, K' or I), and the way back, in factors if any axis was exchanged.
+        """
+        ups = tuple(up.double() for up in self.ups)
+        downs = tuple(down.double().mT for down in self.downs)
+        left = right = None
+        if rows:
+            left, ups = joint_basis(ups)
+        if columns:
+            right, downs = joint_basis(downs)
+        small = torch.stack([up @ down.mT for up, down in zip(ups, downs, strict=True)], dim=1)
+        return small, lambda inner: _lift(inner, left, right)
+
+
+def _lift(inner: Tensor, left: Tensor | None, right: Tensor | None) -> Update:
+    """U X Vᵀ in factors, the smaller side taking X; a missing basis is the identity."""
+    if left is None and right is None:
+        return Dense(inner)
+    if right is None or (left is not None and inner.shape[-2] <= inner.shape[-1]):
+        assert left is not None
+        return LowRank(left, inner if right is None else inner @ right.mT)
+    return LowRank(inner if left is None else left @ inner, right.mT)
 
 
 Stack = DenseStack | LowRankStack
-
-
-def stack(updates: Sequence[Sequence[Update]]) -> Stack:
-    """Stack the updates of a batch of tensors: outer index B, inner index E.
-
-    In factors where every expert is; one dense expert makes the stack dense.
-    """
-    factors = [[u for u in row if isinstance(u, LowRank)] for row in updates]
-    if all(len(row) == len(given) for row, given in zip(factors, updates, strict=True)):
-        columns = list(zip(*factors, strict=True))
-        return LowRankStack(
-            ups=tuple(torch.stack([update.up for update in column]) for column in columns),
-            downs=tuple(torch.stack([update.down for update in column]) for column in columns),
-        )
-    return DenseStack(torch.stack([torch.stack([u.dense() for u in row]) for row in updates]))

@@ -46,17 +46,22 @@ class ShardWriter:
         self._stream.write(header)
         self._stream.truncate(self._start + end)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor at its place, cast to the dtype of the layout."""
-        data = tensor.detach().to("cpu", self._dtypes[name]).contiguous().flatten()
-        self._stream.seek(self._start + self._spans[name][0])
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Put a tensor, or rows of it from `row` on, at its place, cast to the layout's dtype."""
+        data = tensor.detach().to(self._dtypes[name]).to("cpu").contiguous().flatten()
+        per_row = data.nbytes // tensor.shape[0] if row else 0
+        self._stream.seek(self._start + self._spans[name][0] + row * per_row)
         self._stream.write(data.view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._stream.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        self.close()
 
 
 def _header(

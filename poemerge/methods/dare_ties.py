@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from poemerge.method import Call, Merged, register
-from poemerge.methods.ties import TiesSettings, elect_and_average, trim
+from poemerge.methods.ties import TiesSettings, trim_and_elect
 from poemerge.settings import setting
 from poemerge.task_vector import Dense, Stack
 
@@ -30,7 +30,7 @@ class DareSettings(TiesSettings):
 def dare_ties(stack: Stack, settings: DareSettings, call: Call) -> Merged:
     """Drop entries at random, rescale the rest to keep the expectation, then TIES."""
     dropped = drop_and_rescale(stack.dense(), settings.drop, call.seeds)
-    return Merged(Dense(elect_and_average(trim(dropped, settings.keep), call.weights)))
+    return Merged(Dense(trim_and_elect(dropped, settings, call)))
 
 
 def drop_and_rescale(deltas: Tensor, drop: float, seeds: tuple[tuple[int, ...], ...]) -> Tensor:

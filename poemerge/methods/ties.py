@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from poemerge.method import Call, Merged, register
+from poemerge.select import kth_largest_magnitude
 from poemerge.settings import Settings, setting
 from poemerge.task_vector import Dense, Stack
+
+RUN = 1 << 16  # entries that are worked on at a time, so that they stay in the caches
 
 
 @dataclass(frozen=True)
@@ -19,29 +22,51 @@ class TiesSettings(Settings):
     )
 
 
-@register(settings=TiesSettings, source="Yadav et al. 2023, arXiv 2306.01708")
+def threshold(update: Tensor, settings: TiesSettings) -> Tensor:
+    """The smallest magnitude that is kept of a whole update: keep · n entries, 1 at least.
+
+    Entries as large as that are all kept: which of them went would be arbitrary.
+    """
+    kept = max(1, round(settings.keep * update.numel()))
+    if kept >= update.numel():
+        return update.new_zeros(())
+    return kth_largest_magnitude(update.flatten(), kept)
+
+
+@register(
+    settings=TiesSettings,
+    source="Yadav et al. 2023, arXiv 2306.01708",
+    local=True,
+    prepare=threshold,
+)
 def ties(stack: Stack, settings: TiesSettings, call: Call) -> Merged:
     """Keep each task vector's largest entries, elect a sign per entry, average those that agree."""
-    return Merged(Dense(elect_and_average(trim(stack.dense(), settings.keep), call.weights)))
+    return Merged(Dense(trim_and_elect(stack.dense(), settings, call)))
 
 
-def trim(deltas: Tensor, keep: float) -> Tensor:
-    """Zero all but the keep · n (at least 1) largest magnitudes of each update (B, E, *shape).
+def trim_and_elect(deltas: Tensor, settings: TiesSettings, call: Call) -> Tensor:
+    """TIES (B, *shape) of updates (B, E, *shape)."""
+    limits = call.prepared
+    if limits is None:
+        rows = [[threshold(update, settings) for update in batch] for batch in deltas]
+        limits = torch.stack([torch.stack(row) for row in rows])
+    flat = deltas.reshape(*deltas.shape[:2], -1)
+    merged = flat.new_empty(flat.shape[0], flat.shape[-1])
+    say = call.weights.to(flat).unsqueeze(-1)
+    for run, out in zip(flat.split(RUN, dim=-1), merged.split(RUN, dim=-1), strict=True):
+        out.copy_(elect_and_average(run, limits.unsqueeze(-1), say))
+    return merged.view(deltas.shape[0], *deltas.shape[2:])
 
-    Entries as large as the smallest one kept are kept too: which of them went would be arbitrary.
+
+def elect_and_average(deltas: Tensor, limits: Tensor, say: Tensor) -> Tensor:
+    """Mean (B, N) over the experts whose sign agrees with that of the weighted sum.
+
+    Args:
+        deltas: (B, E, N).
+        limits: smallest magnitude that counts (B, E, 1).
+        say: of the experts (B, E, 1).
     """
-    size = deltas[0, 0].numel()
-    kept = max(1, round(keep * size))
-    if kept >= size:
-        return deltas
-    magnitude = deltas.flatten(2).abs()
-    threshold = torch.kthvalue(magnitude, size - kept + 1, dim=-1, keepdim=True).values
-    return deltas * (magnitude >= threshold).view_as(deltas)
-
-
-def elect_and_average(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the experts whose sign agrees with that of the weighted sum; (B, E, *shape)."""
-    weighted = deltas * weights.to(deltas).view(1, -1, *[1] * (deltas.ndim - 2))
-    agrees = (deltas.sign() == weighted.sum(dim=1, keepdim=True).sign()) & (deltas != 0)
-    votes = torch.einsum("be...,e->b...", agrees.to(deltas), weights.to(deltas))
-    return (weighted * agrees).sum(dim=1) / votes.clamp_min(torch.finfo(deltas.dtype).tiny)
+    weighted = torch.where(deltas.abs() >= limits, deltas, 0.0).mul_(say)
+    agrees = weighted * weighted.sum(dim=1, keepdim=True) > 0
+    votes = (agrees * say).sum(dim=1)
+    return (weighted * agrees).sum(dim=1) / votes.clamp_min_(torch.finfo(deltas.dtype).tiny)

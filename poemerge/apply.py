@@ -1,0 +1,125 @@
+"""A method applied to a loaded batch: which method, with which say, and where it fits."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from poemerge.errors import NumericalError
+from poemerge.groups import Batch
+from poemerge.loader import Loaded
+from poemerge.method import Call, Merged, Method
+from poemerge.methods import find
+from poemerge.plan import Plan
+from poemerge.rules import AVERAGE, VOCABULARY
+from poemerge.task_vector import Dense, LowRank, Stack, Update
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Applier:
+    """Merges batches of a plan.
+
+    Attributes:
+        plan: whose method and settings are used.
+        seed: of methods that draw at random.
+        spilled: names of tensors that did not fit on the GPU and were solved on the CPU.
+    """
+
+    plan: Plan
+    seed: int
+    spilled: list[str] = field(default_factory=list)
+
+    def merge(self, batch: Batch, loaded: Loaded) -> Merged:
+        """The merged updates of a batch, before `strength`.
+
+        Raises:
+            NumericalError: a system has no unique solution; the message names the tensor.
+        """
+        stack = loaded.stack
+        assert stack is not None
+        call = self._call(batch, loaded)
+        try:
+            return self._apply(batch, stack, call)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        parts = [self._alone(batch, stack, call, index) for index in range(len(batch.tensors))]
+        device = loaded.squares.device
+        return Merged(
+            _join([part.update.to(device, torch.float32) for part in parts]),
+            tuple(certificate for part in parts for certificate in part.certificates),
+        )
+
+    def _alone(self, batch: Batch, stack: Stack, call: Call, index: int) -> Merged:
+        """One tensor of a batch that did not fit as a whole: on the GPU, else on the CPU."""
+        own = replace(batch, tensors=batch.tensors[index : index + 1])
+        part, given = stack.part(index), _part_of(call, index)
+        try:
+            return self._apply(own, part, given)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.spilled.append(own.tensors[0].name)
+        return self._apply(own, part.to(CPU), _moved(given, CPU))
+
+    def _apply(self, batch: Batch, stack: Stack, call: Call) -> Merged:
+        method, settings = self._method(batch)
+        try:
+            return method.merge(stack, settings, call)
+        except NumericalError as error:
+            raise NumericalError(f"{batch.tensors[0].name}: {error}") from error
+
+    def _method(self, batch: Batch) -> tuple[Method, Any]:
+        method, settings = self.plan.method, self.plan.settings
+        if batch.group.rule == AVERAGE:
+            return find("average"), settings
+        if batch.group.rule == VOCABULARY:
+            return method, replace(settings, side="input")  # type: ignore[call-arg]
+        return method, settings
+
+    def _call(self, batch: Batch, loaded: Loaded) -> Call:
+        names = [self.plan.experts[i].name for i in batch.group.voters]
+        say = self.plan.settings.weight_of
+        weights = [[say(name, info.name) for name in names] for info in batch.tensors]
+        return Call(
+            torch.tensor(weights, dtype=torch.float64, device=loaded.squares.device),
+            tuple(tuple(seed_of(self.seed, i.name, n) for n in names) for i in batch.tensors),
+            loaded.curvature,
+            loaded.prepared,
+            batch.group.cut,
+        )
+
+
+def seed_of(seed: int, tensor: str, expert: str) -> int:
+    """A seed of its own for each draw, whatever the order of the walk."""
+    text = f"{seed}\0{tensor}\0{expert}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def _part_of(call: Call, index: int) -> Call:
+    own = slice(index, index + 1)
+    return replace(
+        call,
+        weights=call.weights[own],
+        seeds=call.seeds[own],
+        curvature=None if call.curvature is None else call.curvature[own],
+        prepared=None if call.prepared is None else call.prepared[own],
+    )
+
+
+def _moved(call: Call, device: torch.device) -> Call:
+    return replace(
+        call,
+        weights=call.weights.to(device),
+        curvature=None if call.curvature is None else call.curvature.to(device),
+        prepared=None if call.prepared is None else call.prepared.to(device),
+    )
+
+
+def _join(updates: list[Update]) -> Update:
+    factors = [update for update in updates if isinstance(update, LowRank)]
+    if len(factors) == len(updates):
+        ups, downs = zip(*((u.up, u.down) for u in factors), strict=True)
+        return LowRank(torch.cat(ups), torch.cat(downs))
+    return Dense(torch.cat([update.dense() for update in updates]))

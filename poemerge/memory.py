@@ -1,0 +1,108 @@
+"""What a planned merge holds in memory at its peak, and batches that keep a budget."""
+
+from collections.abc import Sequence
+
+import torch
+
+from poemerge.errors import SettingError
+from poemerge.groups import Batch, Group
+from poemerge.method import Method
+from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
+from poemerge.settings import Settings
+from poemerge.solver import SMALL
+from poemerge.stream import BEHIND
+
+OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
+LIMITS = {"cpu": 64 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
+SLICE = 8 << 20  # likewise of rows that are merged apart, on a CPU: they stay in its caches
+SMALLEST = 1 << 20  # of a batch, however tight the budget
+SAFE_RIDGE = 1e-3  # relative; above it fp32 suffices, so that no matrix is solved twice
+ELEMENTWISE_COPIES = 3  # of the updates, by a method that says nothing better of itself
+
+
+def batch_bytes(method: Method, device: torch.device, limit: int | None = None) -> int:
+    """Loaded bytes of a batch: those of the device, or what a budget has left of them."""
+    usual = LIMITS[device.type]
+    if device.type == "cpu" and method.local and method.prepare is None:
+        usual = SLICE
+    return min(usual, limit or usual)
+
+
+def fit(
+    groups: Sequence[Group], method: Method, settings: Settings, device: torch.device, budget: int
+) -> int:
+    """Largest loaded bytes of a batch that keep the peak within `budget` bytes.
+
+    Raises:
+        SettingError: even the smallest batches need more.
+    """
+    limit = LIMITS[device.type]
+    while limit >= SMALLEST:
+        if peak_bytes(groups, method, settings, batch_bytes(method, device, limit)) <= budget:
+            return limit
+        limit //= 2
+    least = peak_bytes(groups, method, settings, SMALLEST)
+    raise SettingError(
+        f"memory is {budget / 1e9:.2f} GB, but the largest tensor group needs "
+        f"{least / 1e9:.2f} GB; allow that much, or choose a method that merges rows apart "
+        "(average, task_arithmetic, ties)."
+    )
+
+
+def peak_bytes(groups: Sequence[Group], method: Method, settings: Settings, limit: int) -> int:
+    """Estimate of the largest resident memory of the whole process."""
+    largest = 0
+    for group in groups:
+        if group.rule == TIED:
+            continue
+        for batch in group.batches(limit, local=method.local):
+            largest = max(largest, _batch_peak(batch, method, settings))
+            break  # the first batch of a group is the largest
+    return OVERHEAD + largest
+
+
+def _batch_peak(batch: Batch, method: Method, settings: Settings) -> int:
+    """This batch in use, the next read ahead, the last written behind."""
+    part, count = batch.as_group, len(batch.tensors)
+    raw = max(info.dtype.itemsize for info in batch.tensors) * part.size
+    written = (BEHIND + 1) * (4 * part.size + raw)
+    if part.rule == COPY:
+        return count * 2 * raw + written
+    loaded = 2 * count * part.loaded_bytes + raw
+    if batch.rows is not None and method.prepare is not None:
+        loaded += 8 * batch.group.size + raw * batch.group.shape[0] // batch.shape[0]
+    return loaded + written + _work_bytes(part, count, method, settings)
+
+
+def _work_bytes(group: Group, count: int, method: Method, settings: Settings) -> int:
+    """What a method holds beside the loaded batch, the result included."""
+    result = 4 * group.size
+    if group.rule in {MATRIX, VOCABULARY}:
+        return _product_bytes(group, count, settings) + count * result
+    if group.rule == FORMULA and not method.local:
+        return count * (ELEMENTWISE_COPIES * group.update_bytes + result)
+    return 2 * count * result
+
+
+def _product_bytes(group: Group, count: int, settings: Settings) -> int:
+    """Forms and modes of a product of experts."""
+    experts = len(group.voters)
+    side = getattr(settings, "acts_on", "output")
+    feature = group.rule == VOCABULARY or side == "input"
+    rows = group.shape[feature]
+    columns = group.size // rows if rows else 0
+    if group.in_factors:
+        rank = group.joint_rank
+        factors = 3 * 8 * sum(group.shape) * rank
+        return count * (factors + 8 * (4 * experts + 8) * min(rank, rows) * min(rank, columns))
+
+    def solved(word: int) -> int:
+        work = (experts + 5) * group.size + (experts + 4) * rows * rows
+        return word * work
+
+    exact = solved(8) + 8 * experts * group.size
+    if rows <= SMALL:
+        return count * exact
+    relative = getattr(settings, "ridge_mode", "") == "relative"
+    is_safe = relative and getattr(settings, "ridge", 0.0) >= SAFE_RIDGE
+    return count * solved(4) if is_safe else max(count * solved(4), exact)

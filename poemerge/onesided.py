@@ -1,0 +1,110 @@
+"""Residual forms whose precision is a matrix on one side: the experts' grams, or activations.
+
+    q_i(M) = <M - A_i, P_i (M - A_i)>,  P_i (O, O);  gram: P_i = A_i A_iᵀ (docs/family.md)
+
+One M Mᵀ serves all experts: q_i = <P_i, M Mᵀ> - 2 <P_i A_i, M> + <A_i, P_i A_i>.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from poemerge import linalg
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """Forms of E experts for B·N matrices, N pieces of a matrix sharing its precisions.
+
+    The batch axis of everything but `precisions` counts pieces: (B·N, ...).
+    """
+
+    precisions: Tensor  # P_i (B, E, O, O)
+    targets: Tensor  # P_i A_i (B·N, E, O, I)
+    norms: Tensor  # ||A_i||² (B·N, E), fp64
+    origins: Tensor  # q_i(0) = <A_i, P_i A_i> (B·N, E), fp64
+    traces: Tensor  # tr P_i (B, E), fp64
+    dimension: int  # O of the whole matrices, of which these may be coordinates in a subspace
+
+    @classmethod
+    def of_grams(cls, deltas: Tensor, _: None, dimension: int, pieces: int = 1) -> Self:
+        """P_i = A_i A_iᵀ, for updates (B, E, O, I) or their coordinates; cut along I in pieces."""
+        grams = deltas @ deltas.mT
+        rows, columns = deltas.shape[-2:]
+        # Two products with an I × I matrix are cheaper than one with O × O where A is tall.
+        targets = deltas @ (deltas.mT @ deltas) if 2 * columns < rows else grams @ deltas
+        return cls._of(grams, targets, deltas, dimension, pieces)
+
+    @classmethod
+    def of_activations(
+        cls, deltas: Tensor, activations: Tensor, dimension: int, pieces: int = 1
+    ) -> Self:
+        """P_i given (B, E, O, O)."""
+        given = activations.to(deltas)
+        return cls._of(given, given @ deltas, deltas, dimension, pieces)
+
+    @classmethod
+    def _of(
+        cls, precisions: Tensor, targets: Tensor, deltas: Tensor, dimension: int, pieces: int
+    ) -> Self:
+        deltas, targets = _cut(deltas, pieces), _cut(targets, pieces)
+        return cls(
+            precisions=precisions,
+            targets=targets,
+            norms=linalg.inner(deltas, deltas),
+            origins=linalg.inner(deltas, targets).clamp_min(0),
+            traces=precisions.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64),
+            dimension=dimension,
+        )
+
+    @property
+    def pieces(self) -> int:
+        """Pieces N per matrix."""
+        return self.targets.shape[0] // self.precisions.shape[0]
+
+    def residuals(self, merged: Tensor) -> tuple[Tensor, Tensor]:
+        """q_i(M) and the size of its terms, (B·N, E) each, for M (B·N, O, I)."""
+        outer = (merged @ merged.mT).unflatten(0, (-1, self.pieces))
+        quadratic = linalg.inner(self.precisions.unsqueeze(1), outer.unsqueeze(2)).flatten(0, 1)
+        cross = 2 * linalg.inner(self.targets, merged.unsqueeze(1))
+        values = (quadratic - cross + self.origins).clamp_min(0)
+        return values, quadratic.abs() + cross.abs() + self.origins
+
+    def mode(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """The M (B·N, O, I) with H M = b; True (B·N,) where H is not positive definite."""
+        matrix, right = self.system(weights, ridge)
+        factor, failed = linalg.cholesky(matrix)
+        return linalg.solve(factor, right), failed
+
+    def system(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """H = Σ α_i P_i + λ I (B·N, O, O), b = Σ α_i P_i A_i (B·N, O, I); α (B·N, E), λ (B·N,)."""
+        alpha = weights.to(self.targets)
+        by_matrix = alpha.unflatten(0, (-1, self.pieces))
+        matrix = torch.einsum("bne,beij->bnij", by_matrix, self.precisions).flatten(0, 1)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(ridge.to(matrix).unsqueeze(-1))
+        return matrix, torch.einsum("be,beij->bij", alpha, self.targets)
+
+    def certify(self, merged: Tensor, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """||H M - b|| / ||b|| and the condition of H, (B·N,) each."""
+        matrix, right = self.system(weights, ridge)
+        miss = torch.linalg.matrix_norm(matrix @ merged - right).double()
+        size = torch.linalg.matrix_norm(right).double()
+        smallest, largest = linalg.extreme_eigenvalues(matrix, linalg.cholesky(matrix)[0])
+        if matrix.shape[-1] < self.dimension:
+            # Beyond the subspace of the experts λ is the only eigenvalue, if there is a λ.
+            smallest = torch.where(ridge > 0, torch.minimum(smallest, ridge), smallest)
+        return torch.where(size > 0, miss / size, miss), largest / smallest
+
+    def mean_diagonal(self, weights: Tensor) -> Tensor:
+        """tr(Σ w_i P_i) / O (B·N,)."""
+        traces = self.traces.repeat_interleave(self.pieces, dim=0)
+        return (weights * traces).sum(dim=-1) / self.dimension
+
+
+def _cut(tensor: Tensor, pieces: int) -> Tensor:
+    """(B, E, O, N·I) → (B·N, E, O, I)."""
+    if pieces == 1:
+        return tensor
+    return tensor.unflatten(-1, (pieces, -1)).movedim(-2, 1).flatten(0, 1)

@@ -1,0 +1,57 @@
+"""Reading ahead and writing behind: the disk works while the processor does."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+BEHIND = 2  # writes that may wait; more would be memory without use
+
+
+def ahead(load: Callable[[Item], Loaded], items: Iterable[Item]) -> Iterator[tuple[Item, Loaded]]:
+    """(item, load(item)) in order; the next is loaded in a thread while this one is in use."""
+
+    def work(item: Item) -> Loaded:
+        with torch.inference_mode():  # which holds for one thread only
+            return load(item)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        waiting: deque[tuple[Item, Future[Loaded]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 1:
+                first, future = waiting.popleft()
+                yield first, future.result()
+                del future
+        for item, future in waiting:
+            yield item, future.result()
+
+
+class Behind:
+    """Calls made in a thread, in order, a few at most waiting; use as a context.
+
+    An error in one is raised at the next call, or when the context ends.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def call(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Do `work(*arguments)` soon."""
+        self._waiting.append(self._pool.submit(work, *arguments))
+        while len(self._waiting) > BEHIND:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._waiting:
+                future.result()
