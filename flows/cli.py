@@ -73,6 +73,12 @@ _method = click.option(
 _expert = click.option("--expert", required=True, metavar="SRC", help="Full fine-tune of the base.")
 _out = click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
+_memory = click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Keep the whole process within; slower where it is tight.",
+)
 _device = click.option(
     "--device",
     default="auto",
@@ -99,7 +105,8 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     unless --save is given.
     """
     from flows.console import show_outcome, start_logging
-    from flows.params import load, save_overrides
+    from flows.overrides import save_overrides
+    from flows.params import load
 
     load(params, overrides)
     if save:
@@ -133,7 +140,11 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     type=click.Choice(["full", "adapter"]),
     help="A full model, or an exact merged adapter.",
 )
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="Truncate a merged adapter, at the best. [exact]"
+)
 @click.option("--seed", default=0, show_default=True, help="Of methods that draw at random.")
+@_memory
 @_overwrite
 def merge(
     base: str,
@@ -141,6 +152,7 @@ def merge(
     method: str,
     overrides: Sequence[str],
     out: Path,
+    memory: float | None,
     **choices: Any,
 ) -> None:
     """Merge experts into one model folder.
@@ -149,12 +161,13 @@ def merge(
     or an fsspec URL.
     """
     from flows.console import show_report, start_logging, tensor_progress
-    from flows.params import parse_settings
+    from flows.overrides import in_bytes, parse_settings
     from poemerge.merge import merge_checkpoints
 
     start_logging()
     settings = parse_settings(overrides)
     folders = _resolve(base, experts)
+    choices |= {"memory": in_bytes(memory)}
     with tensor_progress("merging") as progress:
         report = merge_checkpoints(
             folders.pop("base"), folders, out, method, progress=progress, **choices, **settings
@@ -221,12 +234,18 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
 @_method
 @_set
 @_device
+@_memory
 def check(
-    base: str, experts: Sequence[str], method: str, overrides: Sequence[str], device: str
+    base: str,
+    experts: Sequence[str],
+    method: str,
+    overrides: Sequence[str],
+    device: str,
+    memory: float | None,
 ) -> None:
     """Say what a merge would do: rules, peak memory, time; exit 1 if it cannot be done."""
     from flows.console import show_plan, start_logging
-    from flows.params import parse_settings
+    from flows.overrides import in_bytes, parse_settings
     from poemerge.cost import estimate_seconds
     from poemerge.device import pick_device
     from poemerge.plan import plan_merge
@@ -235,7 +254,7 @@ def check(
     where = pick_device(device)
     folders = _resolve(base, experts)
     with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
-        show_plan(plan, estimate_seconds(plan, where))
+        show_plan(plan, where, in_bytes(memory), estimate_seconds(plan, where))
 
 
 @main.command()

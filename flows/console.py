@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +17,16 @@ from rich.table import Table
 from rich.tree import Tree
 
 from poemerge.lineage import Lineage, Source
-from tasks.register.leaderboard import Leaderboard, Row
 
 if TYPE_CHECKING:
+    import torch
+
     from poemerge.extract_report import ExtractReport
+    from poemerge.groups import Group
     from poemerge.method import Method
     from poemerge.plan import Plan
     from poemerge.report import MergeReport
+    from tasks.register.leaderboard import Leaderboard, Row
 
 FILE_WIDTH = 160  # columns, where no terminal says how wide it is
 console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
@@ -53,6 +56,8 @@ def tensor_progress(doing: str) -> Iterator[Callable[[int, int], None]]:
 
 def show_outcome(outcome: Mapping[str, Any]) -> None:
     """The leaderboard of a run and where everything lies."""
+    from tasks.register.leaderboard import Leaderboard
+
     register = Path(outcome["register"])
     board = Leaderboard.read(register / "leaderboard.json")
     entry = json.loads((register / "registration.json").read_text(encoding="utf-8"))
@@ -75,7 +80,7 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def leaderboard_table(board: Leaderboard, logs: Mapping[str, Path]) -> Table:
+def leaderboard_table(board: "Leaderboard", logs: Mapping[str, Path]) -> Table:
     """Rows methods, columns tasks (per cent), then means, seconds and peak memory."""
     table = Table(
         title="Test scores, per cent",
@@ -116,27 +121,50 @@ def show_extraction(report: "ExtractReport", out: Path) -> None:
     )
 
 
-def show_plan(plan: "Plan", seconds: float) -> None:
-    """What would be done to which tensors, and at what cost."""
+def show_plan(plan: "Plan", device: "torch.device", budget: int | None, seconds: float) -> None:
+    """What would be done to which tensors, in which batches, and at what cost."""
     from poemerge.rules import MEANINGS
 
-    table = Table(title=f"{plan.method.name} of {len(plan.experts)} experts", title_justify="left")
-    for column in ("rule", "what happens", "tensors", "shapes", "form"):
+    table = Table(
+        title=f"{plan.method.name} of {len(plan.experts)} experts",
+        title_justify="left",
+        caption="at a time: tensors of a batch, solved together; or its slices of rows",
+        caption_justify="left",
+    )
+    for column in ("rule", "what happens", "tensors", "shape", "updates", "at a time"):
         table.add_column(column, justify="right" if column == "tensors" else "left")
+    limit = plan.limit(device, budget)
     for rule, meaning in MEANINGS.items():
-        groups = [group for group in plan.groups if group.rule == rule]
-        if groups:
-            count = sum(len(group.tensors) for group in groups)
-            shapes = sorted({"×".join(map(str, group.shape)) for group in groups})
-            forms = sorted({_form(group) for group in groups})
-            table.add_row(rule, meaning, str(count), _few(shapes), _few(forms))
+        rows = _by_shape([group for group in plan.groups if group.rule == rule])
+        for index, ((shape, form), groups) in enumerate(rows.items()):
+            count = str(sum(len(group.tensors) for group in groups))
+            said = (rule, meaning) if index == 0 else ("", "")
+            batch = _at_a_time(groups[0], limit, local=plan.method.local)
+            table.add_row(*said, count, shape, form, batch)
     console.print(table)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {note}")
     console.print(
-        f"peak memory about {plan.peak_bytes() / 1e9:.1f} GB; reads {plan.read_bytes / 1e9:.2f} GB; "
-        f"about {seconds:.0f} s on this machine"
+        f"peak memory about {plan.peak_bytes(device, budget) / 1e9:.2f} GB; reads "
+        f"{plan.read_bytes / 1e9:.2f} GB; about {seconds:.0f} s on this machine"
     )
+
+
+def _by_shape(groups: "Sequence[Group]") -> "dict[tuple[str, str], list[Group]]":
+    found: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        found.setdefault(("×".join(map(str, group.shape)), _form(group)), []).append(group)
+    return dict(sorted(found.items()))
+
+
+def _at_a_time(group: "Group", limit: int, *, local: bool) -> str:
+    """How the tensors of a group are cut into batches."""
+    if group.rule == "tied":
+        return ""
+    batches = list(group.batches(limit, local=local))
+    if batches[0].rows is not None:
+        return f"{batches[0].rows[1]} rows"
+    return str(len(batches[0].tensors))
 
 
 def show_methods(methods: Mapping[str, "Method"]) -> None:
@@ -183,13 +211,13 @@ def _settings(record: Lineage) -> str:
     return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def _cells(row: Row, board: Leaderboard) -> list[str]:
+def _cells(row: "Row", board: "Leaderboard") -> list[str]:
     scores = [_number(row.score(task)) for task in board.tasks]
     means = (row.mean.get("test"), row.normalised.get("test"), row.mean.get("validation"))
     return [row.label, *scores, *(_number(mean) for mean in means)]
 
 
-def _expert_cells(board: Leaderboard) -> list[str]:
+def _expert_cells(board: "Leaderboard") -> list[str]:
     experts = {row.label: row.score(row.label) for row in board.of("expert")}
     return ["experts", *(_number(experts.get(task)) for task in board.tasks), *[""] * 5]
 
@@ -205,11 +233,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _form(group: Any) -> str:
+def _form(group: "Group") -> str:
     if not group.voters:
         return ""
-    return f"in factors, rank {sum(group.ranks)}" if group.in_factors else "dense"
-
-
-def _few(items: list[str]) -> str:
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+    form = f"{len(group.voters)} in factors, Σ rank {group.joint_rank}"
+    pieces = f", {len(group.cut.sizes)} pieces" if group.cut else ""
+    return (form if group.in_factors else f"{len(group.voters)} dense") + pieces

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from flows.overrides import override
 from poemerge.errors import SettingError
 from poemerge.settings import nearest
 
@@ -48,6 +49,7 @@ class MergeParams(Section):
     dtype: Dtype | Literal["source"]
     strength: float = Field(ge=0)
     seed: int = Field(ge=0)
+    memory: float | None = Field(gt=0)
     methods: dict[Label, dict[str, Any]] = Field(min_length=1)
 
     def candidate(self, label: str) -> tuple[str, dict[str, Any]]:
@@ -126,32 +128,6 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` with the values of `a.b=c` put in; the original is left alone."""
-    merged = dict(tree)
-    for text in overrides:
-        keys, value = parse_override(text)
-        merged = _put(merged, keys, value)
-    return merged
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """Keys and value of `a.b=c`; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise SettingError(f"--set {text!r} is no assignment; write section.key=value.")
-    try:
-        return key.split("."), YAML(typ="safe", pure=True).load(value)
-    except YAMLError as error:
-        raise SettingError(f"--set {text!r} has a value that is no YAML; quote it.") from error
-
-
-def _put(tree: Any, keys: list[str], value: Any) -> dict[str, Any]:
-    branch = dict(tree) if isinstance(tree, Mapping) else {}
-    branch[keys[0]] = _put(branch.get(keys[0]), keys[1:], value) if keys[1:] else value
-    return branch
-
-
 def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...]) -> None:
     from poemerge.methods import find  # noqa: PLC0415 - imports torch, 1 s that --help need not pay
 
@@ -194,29 +170,3 @@ def _known(location: tuple[int | str, ...]) -> list[str]:
         if get_args(model):
             model = get_args(model)[-1]
     return [f.alias or name for name, f in getattr(model, "model_fields", {}).items()]
-
-
-def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings of a method from `key=value` texts; `weights.NAME=x` names an expert."""
-    settings: dict[str, Any] = {}
-    for text in overrides:
-        keys, value = parse_override(text)
-        settings = _put(settings, keys, value)
-    return settings
-
-
-def save_overrides(path: Path, overrides: Sequence[str]) -> None:
-    """Write the values into the file, its remarks and order kept."""
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    tree = yaml.load(path)
-    for text in overrides:
-        keys, value = parse_override(text)
-        branch = tree
-        for key in keys[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[keys[-1]] = value
-    partial = path.with_name(path.name + ".partial")
-    yaml.dump(tree, partial)
-    partial.replace(path)

@@ -9,6 +9,7 @@ from typing import Any
 from prefect.tasks import Task
 
 from flows.meter import measure
+from flows.overrides import in_bytes
 from flows.params import Params
 from flows.places import Places
 from tasks.evaluate import evaluate
@@ -97,6 +98,7 @@ def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]
             "device": params.merge.device,
             "dtype": params.merge.dtype,
             "seed": params.merge.seed,
+            "memory": in_bytes(params.merge.memory),
         }
         yield label, merge, arguments
 

@@ -56,7 +56,7 @@ class LowRank:
 
     def scaled(self, strength: float) -> "LowRank":
         """The update times a number."""
-        return LowRank(self.up * strength, self.down)
+        return self if strength == 1 else LowRank(self.up * strength, self.down)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "LowRank":
         """The same factors elsewhere."""
@@ -88,7 +88,7 @@ class Dense:
 
     def scaled(self, strength: float) -> "Dense":
         """The update times a number."""
-        return Dense(self.delta * strength)
+        return self if strength == 1 else Dense(self.delta * strength)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Dense":
         """The same update elsewhere."""

@@ -23,6 +23,7 @@ def merge(
     device: str,
     dtype: str,
     seed: int,
+    memory: int | None,
 ) -> bool:
     """Merge the experts into the folder `out`, unless it is up to date.
 
@@ -35,6 +36,7 @@ def merge(
         device: auto, cpu or cuda[:i].
         dtype: of the merged weights: source, float32, bfloat16 or float16.
         seed: of methods that draw at random.
+        memory: budget in bytes, or None.
 
     Returns:
         True if it was merged, False if it was up to date.
@@ -42,7 +44,8 @@ def merge(
     from poemerge.merge import merge_checkpoints, merge_lineage  # noqa: PLC0415 - imports torch
 
     folders = {name: Path(folder) for name, folder in experts.items()}
-    choices = {"device": device, "dtype": dtype, "output": "full", "seed": seed}
+    choices: dict[str, Any] = {"device": device, "dtype": dtype, "output": "full", "rank": None}
+    choices |= {"seed": seed, "memory": memory}
     if merge_lineage(Path(base), folders, method, settings, choices).is_current(Path(out)):
         return False
     merge_checkpoints(
@@ -53,6 +56,7 @@ def merge(
         device,
         dtype=dtype,
         seed=seed,
+        memory=memory,
         overwrite=True,
         progress=_News(Path(out).name),
         **settings,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from poemerge.errors import NumericalError
 from poemerge.task_vector import DenseStack
 from tests import reference
-from tests.core.stacks import Pair, assert_close, dense, distance, factors, merge, pair, update
+from tests.core.stacks import Pair, assert_close, dense, factors, merge, pair, update
 from tests.core.stacks import product as products
 
 ROUNDING = 1e-14  # fp64, with some room for sums of many terms

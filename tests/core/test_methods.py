@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import poemerge
+from poemerge.apply import seed_of
 from poemerge.method import METHODS, Call
 from poemerge.methods import find
 from poemerge.methods.dare_ties import drop_and_rescale
 from poemerge.task_vector import DenseStack, LowRank
-from poemerge.apply import seed_of
 from tests import reference
 from tests.core.stacks import assert_close, dense, distance, factors, merge, pair, update
 from tests.core.stacks import product as products

@@ -25,6 +25,7 @@ merge:
   dtype: source
   strength: 1.0 # of the merged update
   seed: 0
+  memory: null
   methods:
     average: {{}}
     task_arithmetic: {{strength: 0.5}}

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.params import load, parse_settings, save_overrides
+from flows.overrides import parse_settings, save_overrides
+from flows.params import load
 from flows.places import Places
 from poemerge.errors import SettingError
 from tests.flows.conftest import PARAMS, ROOT
