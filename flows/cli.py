@@ -246,9 +246,9 @@ def check(
     """Say what a merge would do: rules, peak memory, time; exit 1 if it cannot be done."""
     from flows.console import show_plan, start_logging
     from flows.overrides import in_bytes, parse_settings
-    from poemerge.cost import estimate_seconds
     from poemerge.device import pick_device
-    from poemerge.plan import plan_merge
+    from poemerge.merging.cost import estimate_seconds
+    from poemerge.merging.plan import plan_merge
 
     start_logging()
     where = pick_device(device)

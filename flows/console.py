@@ -19,12 +19,10 @@ from rich.tree import Tree
 from poemerge.lineage import Lineage, Source
 
 if TYPE_CHECKING:
-    import torch
-
-    from poemerge.extract_report import ExtractReport
-    from poemerge.groups import Group
+    from poemerge.extracting.report import ExtractReport
+    from poemerge.merging.groups import Group
+    from poemerge.merging.plan import Plan
     from poemerge.method import Method
-    from poemerge.plan import Plan
     from poemerge.report import MergeReport
     from tasks.register.leaderboard import Leaderboard, Row
 
@@ -121,7 +119,7 @@ def show_extraction(report: "ExtractReport", out: Path) -> None:
     )
 
 
-def show_plan(plan: "Plan", device: "torch.device", budget: int | None, seconds: float) -> None:
+def show_plan(plan: "Plan", device: Any, budget: int | None, seconds: float) -> None:
     """What would be done to which tensors, in which batches, and at what cost."""
     from poemerge.rules import MEANINGS
 

@@ -12,7 +12,7 @@ from poemerge.version import VERSION as __version__  # noqa: N811
 if TYPE_CHECKING:
     from poemerge.errors import PoemergeError
     from poemerge.extract import extract_adapter
-    from poemerge.extract_report import ExtractReport
+    from poemerge.extracting.report import ExtractReport
     from poemerge.merge import merge_checkpoints
     from poemerge.methods import METHODS
     from poemerge.report import MergeReport
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "ExtractReport": "poemerge.extract_report",
+    "ExtractReport": "poemerge.extracting.report",
     "METHODS": "poemerge.methods",
     "MergeReport": "poemerge.report",
     "PoemergeError": "poemerge.errors",

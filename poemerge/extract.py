@@ -12,9 +12,9 @@ from poemerge.checkpoint import Checkpoint
 from poemerge.device import STORED, describe_device, pick_device
 from poemerge.errors import SettingError
 from poemerge.expert_files import Expert, open_expert
-from poemerge.extract_report import ExtractReport
-from poemerge.extract_rules import Policy
-from poemerge.extraction import Extraction
+from poemerge.extracting.report import ExtractReport
+from poemerge.extracting.rules import Policy
+from poemerge.extracting.walk import Extraction
 from poemerge.lineage import Lineage, Source, core_code
 from poemerge.outfolder import check_out
 from poemerge.truncate import check_choice

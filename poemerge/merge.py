@@ -15,11 +15,11 @@ from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device
 from poemerge.expert_files import open_expert
 from poemerge.lineage import Lineage, Source, core_code
+from poemerge.merging.plan import plan_merge
+from poemerge.merging.walk import Choices, Walk
 from poemerge.methods import find
 from poemerge.outfolder import check_out
-from poemerge.plan import plan_merge
 from poemerge.report import MergeReport
-from poemerge.walk import Choices, Walk
 
 Progress = Callable[[int, int], None]
 

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from poemerge.experts import Form
 from poemerge.method import Call, Merged, register
-from poemerge.product import product_of_experts
-from poemerge.product_settings import HeavySettings
-from poemerge.scale import scales
-from poemerge.solver import Energy, Measure
+from poemerge.poe.experts import Form
+from poemerge.poe.product import product_of_experts
+from poemerge.poe.scale import scales
+from poemerge.poe.settings import HeavySettings
+from poemerge.poe.solver import Energy, Measure
 from poemerge.task_vector import Stack
 
 

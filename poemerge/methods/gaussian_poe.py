@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from poemerge.experts import Form
-from poemerge.inference import Stop
 from poemerge.method import Call, Merged, register
-from poemerge.product import product_of_experts
-from poemerge.product_settings import ProductSettings
-from poemerge.solver import Energy, Measure
+from poemerge.poe.experts import Form
+from poemerge.poe.inference import Stop
+from poemerge.poe.product import product_of_experts
+from poemerge.poe.settings import ProductSettings
+from poemerge.poe.solver import Energy, Measure
 from poemerge.task_vector import Stack
 
 

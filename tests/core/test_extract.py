@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from poemerge import extract_rules as rules
 from poemerge.errors import CheckpointError, NumericalError, PoemergeError, SettingError
 from poemerge.extract import extract_adapter
-from poemerge.extract_report import ExtractReport, TensorOutcome
-from poemerge.extraction import INTEGERS, SAVED_WITH, TIED
+from poemerge.extracting import rules
+from poemerge.extracting.report import ExtractReport, TensorOutcome
+from poemerge.extracting.walk import INTEGERS, SAVED_WITH, TIED
 from poemerge.lineage import Lineage, hash_files
 from poemerge.merge import expert_weights, merge_checkpoints
 from tests.core.stacks import assert_close

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from poemerge import METHODS, MergeReport
 from poemerge.checkpoint import Checkpoint
 from poemerge.lineage import Lineage, hash_files, produce
-from poemerge.memory import OVERHEAD
 from poemerge.merge import expert_weights, merge_checkpoints, merge_lineage, name_experts
-from poemerge.plan import plan_merge
+from poemerge.merging.memory import OVERHEAD
+from poemerge.merging.plan import plan_merge
 from tests.core.stacks import assert_close
 from tests.zoo import Zoo
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import poemerge
-from poemerge.apply import seed_of
+from poemerge.merging.apply import seed_of
 from poemerge.method import METHODS, Call
 from poemerge.methods import find
 from poemerge.methods.dare_ties import drop_and_rescale

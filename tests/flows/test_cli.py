@@ -116,7 +116,7 @@ def test_an_interrupt_exits_with_3(
 def test_check_says_what_would_happen(sources: list[object], zoo, tmp_path: Path) -> None:  # noqa: ANN001
     said = poemerge("check", *sources)
     assert said.exit_code == 0
-    for words in ("matrix", "copy", "in factors, rank 8", "peak memory", "on this machine"):
+    for words in ("matrix", "copy", "2 in factors, Σ rank 8", "peak memory", "on this machine"):
         assert words in said.output
     assert poemerge("check", *sources, "--expert", tmp_path).exit_code == 1
     assert "averaged" in poemerge("check", "--base", zoo.base(), "--expert", zoo.full(1)).output

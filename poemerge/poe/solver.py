@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from poemerge.certificate import Certificate, certify
 from poemerge.errors import NumericalError
-from poemerge.experts import PRECISIONS, Form, Tail
-from poemerge.inference import Stop, solve
-from poemerge.product_settings import ProductSettings
+from poemerge.poe.certificate import Certificate, certify
+from poemerge.poe.experts import PRECISIONS, Form, Tail
+from poemerge.poe.inference import Stop, solve
+from poemerge.poe.settings import ProductSettings
 
 SMALL = 256  # rows of a system that is solved in fp64 at once: it costs next to nothing
 PROBE_RIDGE = 1e-2  # relative, of the Gaussian mode at which residuals are measured

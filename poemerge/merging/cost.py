@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from poemerge.groups import Group
-from poemerge.plan import Plan
+from poemerge.merging.groups import Group
+from poemerge.merging.plan import Plan
+from poemerge.poe.solver import SMALL
 from poemerge.rules import FORMULA, MATRIX, VOCABULARY
-from poemerge.solver import SMALL
 
 STEPS = 8  # reweightings that a heavy-tailed solve is counted with
 PASSES = 12  # over an update, by an elementwise method

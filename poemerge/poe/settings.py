@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from poemerge.experts import PRECISIONS
-from poemerge.inference import Stop
 from poemerge.mappings import file_names, pattern_sizes
+from poemerge.poe.experts import PRECISIONS
+from poemerge.poe.inference import Stop
 from poemerge.settings import Settings, setting
 
 PUBLISHED: Mapping[str, Any] = {

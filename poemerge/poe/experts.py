@@ -16,8 +16,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from poemerge.entrywise import Entrywise
-from poemerge.onesided import OneSided
+from poemerge.poe.entrywise import Entrywise
+from poemerge.poe.onesided import OneSided
 
 
 class Tail(Protocol):

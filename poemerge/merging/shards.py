@@ -12,9 +12,9 @@ from torch import Tensor
 from poemerge.atomic import write_json
 from poemerge.checkpoint import INDEX, TensorInfo
 from poemerge.errors import NumericalError
-from poemerge.plan import Plan
+from poemerge.merging.plan import Plan
+from poemerge.merging.stream import Behind
 from poemerge.rules import TIED
-from poemerge.stream import Behind
 from poemerge.writer import ShardWriter
 
 

@@ -14,9 +14,9 @@ from poemerge.adapter_files import Whole, write_adapter
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.errors import CheckpointError, NumericalError
 from poemerge.expert_files import Expert, check_finite, is_finite
-from poemerge.extract_card import write_card
-from poemerge.extract_report import ExtractReport, TensorOutcome, lacking, losses
-from poemerge.extract_rules import (
+from poemerge.extracting.card import write_card
+from poemerge.extracting.report import ExtractReport, TensorOutcome, lacking, losses
+from poemerge.extracting.rules import (
     DROPPED,
     FACTORS,
     SAVED_WITH,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poemerge.experts import Form
+from poemerge.poe.experts import Form
 
 ESTIMATED = "estimated"
 FLOOR = 1e-6  # of an estimated scale: identical experts have no residuals at all

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.atomic import write_text
-from poemerge.extract_report import ExtractReport
-from poemerge.extract_rules import DROPPED, FACTORS, UNTOUCHED, WHOLE
+from poemerge.extracting.report import ExtractReport
+from poemerge.extracting.rules import DROPPED, FACTORS, UNTOUCHED, WHOLE
 
 CARD = """\
 ---

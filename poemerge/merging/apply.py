@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from poemerge.errors import NumericalError
-from poemerge.groups import Batch
-from poemerge.loader import Loaded
+from poemerge.merging.groups import Batch
+from poemerge.merging.loader import Loaded
+from poemerge.merging.plan import Plan
 from poemerge.method import Call, Merged, Method
 from poemerge.methods import find
-from poemerge.plan import Plan
 from poemerge.rules import AVERAGE, VOCABULARY
 from poemerge.task_vector import Dense, LowRank, Stack, Update
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from poemerge.groups import Batch, Group
+from poemerge.merging.groups import Batch, Group
 from poemerge.report import TensorReport
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from poemerge.certificate import Certificate, combine
-from poemerge.experts import Precision
 from poemerge.method import Call
-from poemerge.solver import Problem
+from poemerge.poe.certificate import Certificate, combine
+from poemerge.poe.experts import Precision
+from poemerge.poe.solver import Problem
 from poemerge.task_vector import DenseStack, Stack, Update
 
 Solve = Callable[[Problem], tuple[Tensor, list[Certificate]]]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from poemerge.anderson import Anderson
-from poemerge.experts import Form, Tail
+from poemerge.poe.anderson import Anderson
+from poemerge.poe.experts import Form, Tail
 
 LOOK_EVERY = {"cuda": 4}  # steps between two looks at whether all is settled; each look waits
 

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from functools import partial
 
-from poemerge.experts import PRECISIONS
 from poemerge.method import Call, Cut, Merged
-from poemerge.pieces import solve_in_pieces
-from poemerge.product_settings import ProductSettings
-from poemerge.solver import Energy, solve_matrices
+from poemerge.poe.experts import PRECISIONS
+from poemerge.poe.pieces import solve_in_pieces
+from poemerge.poe.settings import ProductSettings
+from poemerge.poe.solver import Energy, solve_matrices
 from poemerge.task_vector import Dense, DenseStack, Stack
 
 

@@ -9,20 +9,20 @@ import torch
 
 from poemerge import linalg
 from poemerge.adapter_files import write_adapter
-from poemerge.apply import Applier
 from poemerge.device import STORED
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import AdapterExpert
-from poemerge.groups import Batch
-from poemerge.ledger import Ledger
 from poemerge.lineage import Lineage, Source
-from poemerge.loader import Loaded, Loader
+from poemerge.merging.apply import Applier
+from poemerge.merging.groups import Batch
+from poemerge.merging.ledger import Ledger
+from poemerge.merging.loader import Loaded, Loader
+from poemerge.merging.plan import Plan
+from poemerge.merging.shards import Shards
+from poemerge.merging.stream import ahead
 from poemerge.model_card import copy_side_files, write_card
-from poemerge.plan import Plan
 from poemerge.report import MergeReport, warn
 from poemerge.rules import COPY, TIED
-from poemerge.shards import Shards
-from poemerge.stream import ahead
 from poemerge.task_vector import Dense, LowRank, Update
 from poemerge.truncate import best_rank
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from poemerge.errors import SettingError
-from poemerge.groups import Batch, Group
+from poemerge.merging.groups import Batch, Group
+from poemerge.merging.stream import BEHIND
 from poemerge.method import Method
+from poemerge.poe.solver import SMALL
 from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
 from poemerge.settings import Settings
-from poemerge.solver import SMALL
-from poemerge.stream import BEHIND
 
 OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
 LIMITS = {"cpu": 64 << 20, "cuda": 1 << 30}  # loaded bytes of a batch

@@ -10,8 +10,8 @@ from poemerge import linalg
 from poemerge.checkpoint import TensorInfo
 from poemerge.errors import CheckpointError
 from poemerge.expert_files import Expert, check_finite, is_finite
-from poemerge.groups import Batch
-from poemerge.plan import Plan
+from poemerge.merging.groups import Batch
+from poemerge.merging.plan import Plan
 from poemerge.rules import COPY
 from poemerge.task_vector import DenseStack, LowRank, LowRankStack, Stack
 

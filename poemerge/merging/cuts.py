@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.errors import SettingError
 from poemerge.method import Cut
-from poemerge.product_settings import ProductSettings
+from poemerge.poe.settings import ProductSettings
 from poemerge.settings import Settings
 
 # Names of attention projections whose outputs, or whose inputs, are the heads' features.

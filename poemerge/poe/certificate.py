@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poemerge.experts import Form
-from poemerge.inference import Mode
+from poemerge.poe.experts import Form
+from poemerge.poe.inference import Mode
 
 TRUSTED_ERROR = 1e-2  # bound on the part of a result that may be rounding; most is far below
 TRUSTED_NOISE = 1e-3  # likewise of the weights

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.atomic import write_json
-from poemerge.extract_rules import BIAS, DROPPED, FACTORS, UNTOUCHED
+from poemerge.extracting.rules import BIAS, DROPPED, FACTORS, UNTOUCHED
 
 REPORT = "extract_report.json"
 CURES: Mapping[str, str] = {

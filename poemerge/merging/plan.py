@@ -13,11 +13,11 @@ import torch
 
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.curvature import Curvature
-from poemerge.cuts import cut_for
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import Expert, open_expert
-from poemerge.groups import Group
-from poemerge.memory import LIMITS, batch_bytes, fit, peak_bytes
+from poemerge.merging.cuts import cut_for
+from poemerge.merging.groups import Group
+from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes
 from poemerge.method import Method
 from poemerge.methods import find
 from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, rule_for

@@ -1,0 +1,1 @@
+"""The way of an extraction: read, subtract, truncate, write."""

@@ -1,0 +1,1 @@
+"""The way of a merge: plan, load, apply, write, all tensor by tensor."""

@@ -1,0 +1,1 @@
+"""Products of experts over one weight matrix: forms, tails, modes and their certificates."""
