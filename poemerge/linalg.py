@@ -14,17 +14,23 @@ RUN = 2048  # products that are summed in fp32 before fp64 takes over
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
-    """Frobenius products over the last two axes (...,), in fp64, in one pass over memory.
+    """Frobenius products <L_be, R_b> (B, E), in fp64, in one pass over L.
 
     fp32 products are summed in fp32 over short runs, and in fp64 from there.
+
+    Args:
+        left: (B, E, O, I).
+        right: (B, O, I).
     """
     left, right = left.flatten(-2), right.flatten(-2)
     whole = 0 if left.dtype == torch.float64 else left.shape[-1] // RUN * RUN
-    rest = torch.einsum("...n,...n->...", left[..., whole:].double(), right[..., whole:].double())
+    rest = torch.einsum("ben,bn->be", left[..., whole:].double(), right[..., whole:].double())
     if not whole:
         return rest
-    runs = [side[..., :whole].unflatten(-1, (-1, RUN)) for side in (left, right)]
-    return rest + torch.einsum("...rn,...rn->...r", *runs).sum(dim=-1, dtype=torch.float64)
+    runs = (side[..., :whole].unflatten(-1, (-1, RUN)) for side in (left, right))
+    # Batch by batch: as one product, all of L would be copied first.
+    sums = [torch.einsum("ern,rn->er", a, b) for a, b in zip(*runs, strict=True)]
+    return rest + torch.stack(sums).sum(dim=-1, dtype=torch.float64)
 
 
 def square_norm(tensor: Tensor) -> Tensor:
@@ -33,6 +39,11 @@ def square_norm(tensor: Tensor) -> Tensor:
     rest = tensor[..., whole:].double().square().sum(dim=-1)
     runs = tensor[..., :whole].unflatten(-1, (whole // RUN, RUN))
     return rest + torch.linalg.vector_norm(runs, dim=-1).double().square().sum(dim=-1)
+
+
+def pairwise(left: Tensor, right: Tensor) -> Tensor:
+    """Frobenius products <L, R> over the last two axes (...,), in fp64."""
+    return torch.einsum("...ij,...ij->...i", left, right).sum(dim=-1, dtype=torch.float64)
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ class Call:
 
 Rule = Callable[[Stack, Any, Call], Merged]
 Trait = Callable[[Any], bool]  # of a method, given its settings
-Prepare = Callable[[Tensor, Any], Tensor]  # whole update, settings → a number
+Prepare = Callable[[Tensor, Any], Tensor]  # whole update (it may be spoilt), settings → a number
 
 
 @dataclass(frozen=True)

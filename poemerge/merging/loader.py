@@ -145,8 +145,8 @@ class Loader:
     def _look(self, info: TensorInfo, experts: list[Expert]) -> Tensor:
         prepare = self.plan.method.prepare
         assert prepare is not None
-        base = torch.empty(info.shape, device=self.device).copy_(self.plan.base.read(info.name))
-        update, found = torch.empty_like(base), []
+        base = self.plan.base.read(info.name).to(self.device)
+        update, found = torch.empty(info.shape, device=self.device), []
         for expert in experts:
             expert.fill(info, base, update, None)
             found.append(prepare(update, self.plan.settings))

@@ -70,7 +70,8 @@ def _batch_peak(batch: Batch, method: Method, settings: Settings) -> int:
         return count * 2 * raw + written
     loaded = 2 * count * part.loaded_bytes + raw
     if batch.rows is not None and method.prepare is not None:
-        loaded += 8 * batch.group.size + raw * batch.group.shape[0] // batch.shape[0]
+        whole = batch.group.size // max(1, part.size)
+        loaded += 4 * batch.group.size + 2 * whole * raw
     return loaded + written + _work_bytes(part, count, method, settings)
 
 

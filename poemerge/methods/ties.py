@@ -25,12 +25,13 @@ class TiesSettings(Settings):
 def threshold(update: Tensor, settings: TiesSettings) -> Tensor:
     """The smallest magnitude that is kept of a whole update: keep · n entries, 1 at least.
 
-    Entries as large as that are all kept: which of them went would be arbitrary.
+    Entries as large as that are all kept: which of them went would be arbitrary. The update is
+    spoilt.
     """
     rest = update.numel() - max(1, round(settings.keep * update.numel()))
     if rest <= 0:
         return update.new_zeros(())
-    magnitudes = update.abs().flatten()
+    magnitudes = update.abs_().view(-1)
     if magnitudes.is_cuda:
         return magnitudes.kthvalue(rest + 1).values
     magnitudes.numpy().partition(rest)  # ten times faster than kthvalue, where SIMD helps
@@ -52,7 +53,7 @@ def trim_and_elect(deltas: Tensor, settings: TiesSettings, call: Call) -> Tensor
     """TIES (B, *shape) of updates (B, E, *shape)."""
     limits = call.prepared
     if limits is None:
-        found = [[threshold(update, settings) for update in batch] for batch in deltas]
+        found = [[threshold(update.clone(), settings) for update in batch] for batch in deltas]
         limits = torch.stack([torch.stack(row) for row in found])
     # The largest number below what is kept: `hardshrink` zeroes all up to it.
     below = torch.nextafter(limits, limits.new_full((), -1.0)).clamp_min(0).tolist()

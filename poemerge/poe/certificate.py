@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poemerge import linalg
 from poemerge.poe.experts import Form
 from poemerge.poe.inference import Mode
 
@@ -77,7 +78,7 @@ def certify(form: Form, mode: Mode, ridge: Tensor) -> list[Certificate]:
     """A certificate for each matrix of the batch."""
     residual, condition = form.certify(mode.merged, mode.weights, ridge)
     condition = torch.where(mode.failed, math.inf, condition)
-    size = mode.merged.square().sum(dim=(-2, -1), dtype=torch.float64)
+    size = linalg.square_norm(mode.merged.mT.flatten(-2))
     steps = mode.steps.tolist()
     columns = zip(
         steps,

@@ -33,19 +33,18 @@ class Entrywise:
         return cls(
             targets=targets,
             precisions=given,
-            norms=linalg.inner(deltas, deltas),
-            origins=linalg.inner(deltas, targets),
+            norms=linalg.pairwise(deltas, deltas),
+            origins=linalg.pairwise(deltas, targets),
             dimension=dimension,
         )
 
     def residuals(self, merged: Tensor) -> tuple[Tensor, Tensor]:
         """q_i(M) and the size of its terms, (B, E) each, for M (B, O, I)."""
-        square = merged.square().unsqueeze(1)
         if self.precisions is None:
-            quadratic = square.sum(dim=(-2, -1), dtype=torch.float64)
+            quadratic = merged.square().sum(dim=(-2, -1), dtype=torch.float64).unsqueeze(-1)
         else:
-            quadratic = linalg.inner(self.precisions, square)
-        cross = 2 * linalg.inner(self.targets, merged.unsqueeze(1))
+            quadratic = linalg.inner(self.precisions, merged.square())
+        cross = 2 * linalg.inner(self.targets, merged)
         values = (quadratic - cross + self.origins).clamp_min(0)
         return values, quadratic + cross.abs() + self.origins
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from poemerge import linalg
 from poemerge.poe.anderson import Anderson
 from poemerge.poe.experts import Form, Tail
 
@@ -103,7 +104,7 @@ def solve(form: Form, tail: Tail, start: Tensor, ridge: Tensor, stop: Stop) -> M
 def _look(form: Form, tail: Tail, merged: Tensor, used: Tensor, ridge: Tensor) -> _State:
     """Energy of M, the log weights that it asks for, and the rounding of both."""
     residuals, terms = form.residuals(merged)
-    prior = 0.5 * ridge * merged.square().sum(dim=(-2, -1), dtype=torch.float64)
+    prior = 0.5 * ridge * linalg.square_norm(merged.mT.flatten(-2))
     weights = tail.weights(residuals)
     asked = torch.where(weights > 0, _log(weights), used)
     rounding = torch.finfo(merged.dtype).eps * terms

@@ -18,11 +18,12 @@ from poemerge import linalg
 class OneSided:
     """Forms of E experts for B·N matrices, N pieces of a matrix sharing its precisions.
 
-    The batch axis of everything but `precisions` counts pieces: (B·N, ...).
+    The batch axis of everything but precisions and traces counts pieces: (B·N, ...). Targets are
+    held transposed: in the order of columns, which is how systems are solved.
     """
 
     precisions: Tensor  # P_i (B, E, O, O)
-    targets: Tensor  # P_i A_i (B·N, E, O, I)
+    targets: Tensor  # (P_i A_i)ᵀ (B·N, E, I, O)
     norms: Tensor  # ||A_i||² (B·N, E), fp64
     origins: Tensor  # q_i(0) = <A_i, P_i A_i> (B·N, E), fp64
     traces: Tensor  # tr P_i (B, E), fp64
@@ -34,8 +35,13 @@ class OneSided:
         grams = deltas @ deltas.mT
         rows, columns = deltas.shape[-2:]
         # Two products with an I × I matrix are cheaper than one with O × O where A is tall.
-        targets = deltas @ (deltas.mT @ deltas) if 2 * columns < rows else grams @ deltas
-        return cls._of(grams, targets, deltas, dimension, pieces)
+        tall = 2 * columns < rows
+        targets = (deltas.mT @ deltas) @ deltas.mT if tall else deltas.mT @ grams
+        if pieces > 1:
+            return cls._of(grams, targets, deltas, dimension, pieces)
+        # ||A||² is the gram's trace, and q(0) = <A, G A> its squared norm: no pass over A.
+        traces, squares = _trace(grams), linalg.square_norm(grams.flatten(-2))
+        return cls(grams, targets, traces, squares, traces, dimension)
 
     @classmethod
     def of_activations(
@@ -43,19 +49,19 @@ class OneSided:
     ) -> Self:
         """P_i given (B, E, O, O)."""
         given = activations.to(deltas)
-        return cls._of(given, given @ deltas, deltas, dimension, pieces)
+        return cls._of(given, deltas.mT @ given, deltas, dimension, pieces)
 
     @classmethod
     def _of(
         cls, precisions: Tensor, targets: Tensor, deltas: Tensor, dimension: int, pieces: int
     ) -> Self:
-        deltas, targets = _cut(deltas, pieces), _cut(targets, pieces)
+        own, targets = _cut(deltas.mT, pieces), _cut(targets, pieces)
         return cls(
             precisions=precisions,
             targets=targets,
-            norms=linalg.inner(deltas, deltas),
-            origins=linalg.inner(deltas, targets).clamp_min(0),
-            traces=precisions.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64),
+            norms=linalg.pairwise(own, own),
+            origins=linalg.pairwise(own, targets).clamp_min(0),
+            traces=_trace(precisions),
             dimension=dimension,
         )
 
@@ -67,8 +73,9 @@ class OneSided:
     def residuals(self, merged: Tensor) -> tuple[Tensor, Tensor]:
         """q_i(M) and the size of its terms, (B·N, E) each, for M (B·N, O, I)."""
         outer = (merged @ merged.mT).unflatten(0, (-1, self.pieces))
-        quadratic = linalg.inner(self.precisions.unsqueeze(1), outer.unsqueeze(2)).flatten(0, 1)
-        cross = 2 * linalg.inner(self.targets, merged.unsqueeze(1))
+        by_piece = [linalg.inner(self.precisions, outer[:, n]) for n in range(self.pieces)]
+        quadratic = torch.stack(by_piece, dim=1).flatten(0, 1)
+        cross = 2 * linalg.inner(self.targets, merged.mT)
         values = (quadratic - cross + self.origins).clamp_min(0)
         return values, quadratic.abs() + cross.abs() + self.origins
 
@@ -84,7 +91,7 @@ class OneSided:
         by_matrix = alpha.unflatten(0, (-1, self.pieces))
         matrix = torch.einsum("bne,beij->bnij", by_matrix, self.precisions).flatten(0, 1)
         matrix.diagonal(dim1=-2, dim2=-1).add_(ridge.to(matrix).unsqueeze(-1))
-        return matrix, torch.einsum("be,beij->bij", alpha, self.targets)
+        return matrix, torch.einsum("be,beij->bij", alpha, self.targets).mT
 
     def certify(self, merged: Tensor, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         """||H M - b|| / ||b|| and the condition of H, (B·N,) each."""
@@ -103,8 +110,12 @@ class OneSided:
         return (weights * traces).sum(dim=-1) / self.dimension
 
 
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
+
+
 def _cut(tensor: Tensor, pieces: int) -> Tensor:
-    """(B, E, O, N·I) → (B·N, E, O, I)."""
+    """(B, E, N·I, O) → (B·N, E, I, O)."""
     if pieces == 1:
         return tensor
-    return tensor.unflatten(-1, (pieces, -1)).movedim(-2, 1).flatten(0, 1)
+    return tensor.unflatten(-2, (pieces, -1)).movedim(2, 1).flatten(0, 1)
