@@ -1,0 +1,75 @@
+"""Figures as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False, width=140)
+SIDES = ("ours", "plain", "cached")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; the first column is words, the others are numbers."""
+    made = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    console.print(made)
+
+
+def show_solves(machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `benchmarks.solve` measured."""
+    console.print(
+        f"\n{machine['device']}, torch {machine['torch']}; matmul fp32 "
+        f"{machine['float32'] / 1e12:.3g} TFLOP/s, fp64 {machine['float64'] / 1e12:.3g} TFLOP/s; "
+        f"copy {machine['bandwidth'] / 1e9:.3g} GB/s"
+    )
+    ratios = ("plain ×", "cached ×", "steps", "published")
+    table("Seconds, and ratios to ours", ("", *SIDES, *ratios), list(map(_times, rows)))
+    energies = ("ours", "certificate", "published", "excess", "same")
+    table("Energy, of M in fp64", ("", *energies), list(map(_energies, rows)))
+    off = [row for row in rows if row["off"]]
+    table(
+        "Relative distance to the dense fp64 fixed point",
+        ("", "ours", "published", "ours, defaults"),
+        list(map(_distances, off)),
+    )
+    shares = (*(f"{side} GFLOP" for side in SIDES), *SIDES, *SIDES)
+    table(
+        "Work; share of the matmul rate; share of the copy bandwidth",
+        ("", *shares),
+        list(map(_work, rows)),
+    )
+
+
+def _times(row: Mapping[str, Any]) -> list[str]:
+    mark = "" if row["settled"]["published"] else " (no stop)"
+    return [
+        row["name"],
+        *(f"{row['seconds'][side]:.3g}" for side in SIDES),
+        *(f"{row['ratio'][side]:.1f}" for side in SIDES[1:]),
+        str(row["steps"]["ours"]),
+        f"{row['steps']['published']}{mark}",
+    ]
+
+
+def _energies(row: Mapping[str, Any]) -> list[str]:
+    energies = [f"{row['energy'][of]:.10g}" for of in ("ours", "certificate", "published")]
+    return [row["name"], *energies, f"{row['excess']:.1e}", "yes" if row["same_energy"] else "NO"]
+
+
+def _distances(row: Mapping[str, Any]) -> list[str]:
+    off = row["off"]
+    return [row["name"], *(f"{off[of]:.1e}" for of in ("ours", "published", "ours, defaults"))]
+
+
+def _work(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["name"],
+        *(f"{row['flops'][side] / 1e9:.4g}" for side in SIDES),
+        *(f"{row['share_of_matmul_rate'][side]:.0%}" for side in SIDES),
+        *(f"{row['share_of_bandwidth'][side]:.0%}" for side in SIDES),
+    ]
