@@ -14,26 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import clock, published
-from benchmarks.fixed_point import distance, fixed_point
-from benchmarks.problems import Case, Problem, cases, make
+from benchmarks import clock
+from benchmarks.problems import Case, cases, make
+from benchmarks.sides import agreement, energies, ours, paper, theirs
 from benchmarks.tables import console, show_solves
 from benchmarks.work import Work, count
-from poemerge.method import Call, Merged
-from poemerge.methods import find
 
-CAUCHY = find("cauchy_poe")
 REPEATS = 5
 BUDGET = 10.0  # seconds after which a side is not run again
-NOISE = 1e-6  # by which fp32 may miss an energy, relative
-PAPER = {
-    "side": "output",
-    "scale": "paper",
-    "ridge": published.RIDGE,
-    "ridge_mode": "absolute",
-}  # the published problem; the stopping rule stays ours
 
 
 def main() -> None:
@@ -57,45 +46,33 @@ def main() -> None:
 def measure(case: Case, device: torch.device, ceilings: clock.Ceilings) -> dict[str, Any]:
     """Everything about one case: seconds, work, shares, steps, energies, agreement."""
     problem = make(case, device)
-    paper = {**PAPER, "epsilon": case.epsilon, "chunks": "square" if case.chunks else "none"}
     theirs_by = {
         side: partial(theirs, problem, case, cached=side == "cached")
         for side in ("plain", "cached")
     }
-    sides = {"ours": partial(ours, problem, paper), **theirs_by}
+    sides = {"ours": partial(ours, problem, paper(case)), **theirs_by}
     work = {"ours": count(sides["ours"])}  # counting warms every side up
     costs = {side: _work_by_steps(run) for side, run in theirs_by.items()}
     ends = clock.race(sides, device, REPEATS, BUDGET)
     work |= {side: cost(ends[side].result.steps) for side, cost in costs.items()}
+    answers = ends["ours"].result, ends["plain"].result
     return {
         "name": case.name,
         "case": asdict(case),
         "seconds": {side: end.seconds for side, end in ends.items()},
         "ratio": {side: ends[side].seconds / ends["ours"].seconds for side in theirs_by},
         **_work(work, ends, ceilings),
-        **_energies(ends["ours"].result, ends["plain"].result, problem, case),
-        "off": _agreement(problem, paper, ends) if case.rank else {},
+        **energies(*answers, problem, case),
+        "off": agreement(*answers, problem, case) if case.rank else {},
     }
 
 
-def ours(problem: Problem, settings: Mapping[str, Any]) -> Merged:
-    """Our solver, one say for each expert."""
-    say = torch.ones(len(problem.updates), dtype=torch.float64)
-    return CAUCHY.merge(problem.stack, CAUCHY.settings.parse(settings), Call(say))
-
-
-def theirs(problem: Problem, case: Case, **options: Any) -> published.Outcome:
-    """The published procedure."""
-    solver = published.published_in_chunks if case.chunks else published.published
-    return solver(problem.updates, case.epsilon, **options)
-
-
 def _try(case: Case, device: torch.device, ceilings: clock.Ceilings) -> list[dict[str, Any]]:
-    """The row of a case; none where the published procedure breaks down."""
+    """The row of a case; none where a factorisation in fp32 breaks down."""
     try:
         row = measure(case, device, ceilings)
     except torch.linalg.LinAlgError as error:
-        console.print(f"{case.name}: the published procedure fails: {error}")
+        console.print(f"{case.name}: a factorisation breaks down: {error}")
         return []
     console.print(f"{row['name']}: {row['ratio']}")
     return [row]
@@ -116,46 +93,6 @@ def _work(
         "bytes": {side: done.bytes for side, done in work.items()},
         "share_of_matmul_rate": {side: share[0] for side, share in shares.items()},
         "share_of_bandwidth": {side: share[1] for side, share in shares.items()},
-    }
-
-
-def _energies(
-    found: Merged, reached: published.Outcome, problem: Problem, case: Case
-) -> dict[str, Any]:
-    """Steps and energies of both; ours may be above only by what fp32 cannot tell."""
-    certificate = found.certificates[0]
-    energies = {
-        "ours": _energy(found.update.dense()[0], problem.updates, case),
-        "published": _energy(reached.merged, problem.updates, case),
-        "certificate": certificate["energies"][-1],
-    }
-    excess = (energies["ours"] - energies["published"]) / max(1.0, abs(energies["published"]))
-    return {
-        "steps": {"ours": certificate["steps"], "published": max(reached.steps)},
-        "settled": {"ours": certificate["converged"], "published": reached.settled},
-        "energy": energies,
-        "excess": excess,
-        "same_energy": excess <= NOISE,
-    }
-
-
-def _energy(merged: Tensor, updates: Tensor, case: Case) -> float:
-    if not case.chunks:
-        return published.energy(merged, updates, case.epsilon)
-    pieces = zip(published.square_chunks(merged), published.square_chunks(updates), strict=True)
-    return sum(published.energy(m, u, case.epsilon) for m, u in pieces)
-
-
-def _agreement(
-    problem: Problem, paper: Mapping[str, Any], ends: Mapping[str, clock.Timed]
-) -> dict[str, float]:
-    """Relative distances to the dense fp64 fixed point, at our defaults and on the paper's."""
-    usual = fixed_point(problem.updates, CAUCHY.settings.parse({}))
-    exact = fixed_point(problem.updates, CAUCHY.settings.parse(paper))
-    return {
-        "ours, defaults": distance(ours(problem, {}).update.dense()[0], usual),
-        "ours": distance(ends["ours"].result.update.dense()[0], exact),
-        "published": distance(ends["plain"].result.merged, exact),
     }
 
 

@@ -11,7 +11,9 @@ SIDES = ("ours", "plain", "cached")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is words, the others are numbers."""
+    """Print a table; the first column is words, the others are numbers. Nothing if it is empty."""
+    if not rows:
+        return
     made = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", no_wrap=True)
