@@ -8,6 +8,7 @@ from rich.table import Table
 
 console = Console(highlight=False, width=140)
 SIDES = ("ours", "plain", "cached")
+SIDES_BY_TOOL = ("ours", "mergekit")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -74,4 +75,43 @@ def _work(row: Mapping[str, Any]) -> list[str]:
         *(f"{row['flops'][side] / 1e9:.4g}" for side in SIDES),
         *(f"{row['share_of_matmul_rate'][side]:.0%}" for side in SIDES),
         *(f"{row['share_of_bandwidth'][side]:.0%}" for side in SIDES),
+    ]
+
+
+def show_processes(result: Mapping[str, Any]) -> None:
+    """Print what `benchmarks.process` measured."""
+    table(
+        "Seconds of the whole process; ratios to ours, and of ours to the floor",
+        ("", "ours", "mergekit", "ratio", "over floor"),
+        [_process(row, "seconds", 1.0) for row in result["rows"]],
+    )
+    table(
+        "Peak resident memory in MB, mapped files included",
+        ("", "ours", "mergekit", "ratio", "over floor", "announced"),
+        [[*_process(row, "peak", 1e6), f"{row['announced'] / 1e6:.0f}"] for row in result["rows"]],
+    )
+    table(
+        "Peak anonymous memory in MB, sampled",
+        ("", "ours", "mergekit", "ratio", "over floor"),
+        [_process(row, "anonymous", 1e6) for row in result["rows"]],
+    )
+    floor, found = result["floor"], result["task_arithmetic"]
+    console.print(
+        f"\nfloor: {floor['seconds']:.1f} s, {floor['peak'] / 1e6:.0f} MB resident, "
+        f"{floor['anonymous'] / 1e6:.0f} MB anonymous"
+    )
+    if found:
+        console.print(
+            f"task_arithmetic against fp64: ours {found['error'][0]:.1e} at most "
+            f"({found['ulps'][0]:.2f} units in the last place of bf16), mergekit "
+            f"{found['error'][1]:.1e} ({found['ulps'][1]:.2f}); apart by {found['apart']:.1e}"
+        )
+
+
+def _process(row: Mapping[str, Any], key: str, unit: float) -> list[str]:
+    return [
+        f"{row['method']} (mergekit: {row['against']})",
+        *(f"{row[side][key] / unit:{'.1f' if unit == 1.0 else '.0f'}}" for side in SIDES_BY_TOOL),
+        f"{row['ratio'][key]:.1f}",
+        f"{row['over_floor'][key]:.1f}",
     ]
