@@ -18,7 +18,8 @@ Tensors = Mapping[str, Tensor]
 def compare(inputs: Sequence[Path], merged: Sequence[Path]) -> dict[str, list[float] | float]:
     """Largest errors of each merge against θ_0 + Σ (θ_i - θ_0) in fp64, and their difference.
 
-    `ulps` counts in units of the last place of bf16 at the exact value: rounding once costs 0.5.
+    `ulps` counts in units of the last place of bf16 at the larger of the base and the exact value:
+    rounding once costs 0.5 at most.
     """
     base, *experts = (_load(folder) for folder in inputs)
     results = [_load(folder) for folder in merged]
@@ -26,7 +27,7 @@ def compare(inputs: Sequence[Path], merged: Sequence[Path]) -> dict[str, list[fl
     for name, start in base.items():
         origin = start.double()
         exact = origin + sum(expert[name].double() - origin for expert in experts)
-        place = _last_place(exact)
+        place = _last_place(torch.maximum(origin.abs(), exact.abs()))
         for index, result in enumerate(results):
             error = (result[name].double() - exact).abs()
             errors[index] = max(errors[index], float(error.max()))
@@ -36,9 +37,9 @@ def compare(inputs: Sequence[Path], merged: Sequence[Path]) -> dict[str, list[fl
     return {"error": errors, "ulps": ulps, "apart": apart}
 
 
-def _last_place(exact: Tensor) -> Tensor:
+def _last_place(values: Tensor) -> Tensor:
     """Spacing of bf16 numbers (8 significant bits) around each value."""
-    return torch.exp2(torch.frexp(exact).exponent.double() - 8).clamp_min(1e-30)
+    return torch.exp2(torch.frexp(values).exponent.double() - 8).clamp_min(1e-30)
 
 
 def _load(folder: Path) -> Tensors:
