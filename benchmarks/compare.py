@@ -18,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 def compare(inputs: Sequence[Path], merged: Sequence[Path]) -> dict[str, list[float] | float]:
     """Largest errors of each merge against θ_0 + Σ (θ_i - θ_0) in fp64, and their difference.
 
-    `ulps` counts in units of the last place of bf16 at the larger of the base and the exact value:
+    `ulps` counts in units of the last place of bf16 at the largest of inputs and exact value:
     rounding once costs 0.5 at most.
     """
     base, *experts = (_load(folder) for folder in inputs)
@@ -26,8 +26,9 @@ def compare(inputs: Sequence[Path], merged: Sequence[Path]) -> dict[str, list[fl
     errors, ulps, apart = [0.0] * len(merged), [0.0] * len(merged), 0.0
     for name, start in base.items():
         origin = start.double()
-        exact = origin + sum(expert[name].double() - origin for expert in experts)
-        place = _last_place(torch.maximum(origin.abs(), exact.abs()))
+        tuned = torch.stack([expert[name].double() for expert in experts])
+        exact = origin + (tuned - origin).sum(dim=0)
+        place = _last_place(torch.cat([tuned, origin[None], exact[None]]).abs().amax(dim=0))
         for index, result in enumerate(results):
             error = (result[name].double() - exact).abs()
             errors[index] = max(errors[index], float(error.max()))
