@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +32,10 @@ class Ceilings:
         copied = _fastest(lambda: target.copy_(source), device)
         rates = (_matmul_rate(dtype, device) for dtype in (torch.float32, torch.float64))
         return cls(*rates, 2 * COPY[device.type] / copied)
+
+    def at_best(self, other: "Ceilings") -> "Ceilings":
+        """The better of two measurements, rate by rate: a busy machine hides what it can do."""
+        return Ceilings(*map(max, astuple(self), astuple(other)))
 
     def shares(self, work: Work, seconds: float) -> tuple[float, float]:
         """How much of the matmul rates and of the bandwidth `work` in `seconds` amounts to."""

@@ -31,20 +31,27 @@ def main() -> None:
     device = torch.device(given.device)
     clock.full_precision()
     ceilings = clock.Ceilings.of(device)
-    machine = {"device": clock.name_of(device), "torch": torch.__version__, **asdict(ceilings)}
     rows: list[dict[str, Any]] = []
     for case in cases():
         if given.only not in case.name or (case.gpu and device.type == "cpu" and not given.quick):
             continue
-        rows += _try(case.shrunk() if given.quick else case, device, ceilings)
+        rows += _try(case.shrunk() if given.quick else case, device)
+        ceilings = ceilings.at_best(clock.Ceilings.of(device))
+        result = {
+            "machine": clock.name_of(device),
+            "torch": torch.__version__,
+            "ceilings": asdict(ceilings),
+            "cases": [row | _shares(row, ceilings) for row in rows],
+        }
         if given.json:
-            found = json.dumps({"machine": machine, "cases": rows}, indent=2, ensure_ascii=False)
-            given.json.write_text(found + "\n", encoding="utf-8")
-    show_solves(machine, rows)
+            text = json.dumps(result, indent=2, ensure_ascii=False)
+            given.json.write_text(text + "\n", encoding="utf-8")
+    if rows:
+        show_solves(result)
 
 
-def measure(case: Case, device: torch.device, ceilings: clock.Ceilings) -> dict[str, Any]:
-    """Everything about one case: seconds, work, shares, steps, energies, agreement."""
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """Everything about one case: seconds, work, steps, energies, agreement."""
     problem = make(case, device)
     theirs_by = {
         side: partial(theirs, problem, case, cached=side == "cached")
@@ -61,16 +68,16 @@ def measure(case: Case, device: torch.device, ceilings: clock.Ceilings) -> dict[
         "case": asdict(case),
         "seconds": {side: end.seconds for side, end in ends.items()},
         "ratio": {side: ends[side].seconds / ends["ours"].seconds for side in theirs_by},
-        **_work(work, ends, ceilings),
+        "work": {side: vars(done) for side, done in work.items()},
         **energies(*answers, problem, case),
         "off": agreement(*answers, problem, case) if case.rank else {},
     }
 
 
-def _try(case: Case, device: torch.device, ceilings: clock.Ceilings) -> list[dict[str, Any]]:
+def _try(case: Case, device: torch.device) -> list[dict[str, Any]]:
     """The row of a case; none where a factorisation in fp32 breaks down."""
     try:
-        row = measure(case, device, ceilings)
+        row = measure(case, device)
     except torch.linalg.LinAlgError as error:
         console.print(f"{case.name}: a factorisation breaks down: {error}")
         return []
@@ -84,13 +91,13 @@ def _work_by_steps(run: Callable[..., object]) -> Callable[[Sequence[int]], Work
     return lambda steps: one + (two - one) * (sum(steps) / len(steps) - 1)
 
 
-def _work(
-    work: Mapping[str, Work], ends: Mapping[str, clock.Timed], ceilings: clock.Ceilings
-) -> dict[str, Any]:
-    shares = {side: ceilings.shares(done, ends[side].seconds) for side, done in work.items()}
+def _shares(row: Mapping[str, Any], ceilings: clock.Ceilings) -> dict[str, Any]:
+    """How much of the device's rates each side of a case reaches."""
+    shares = {
+        side: ceilings.shares(Work(**done), row["seconds"][side])
+        for side, done in row["work"].items()
+    }
     return {
-        "flops": {side: done.total for side, done in work.items()},
-        "bytes": {side: done.bytes for side, done in work.items()},
         "share_of_matmul_rate": {side: share[0] for side, share in shares.items()},
         "share_of_bandwidth": {side: share[1] for side, share in shares.items()},
     }

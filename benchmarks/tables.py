@@ -23,12 +23,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     console.print(made)
 
 
-def show_solves(machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def show_solves(result: Mapping[str, Any]) -> None:
     """Print what `benchmarks.solve` measured."""
+    rows, rates = result["cases"], result["ceilings"]
     console.print(
-        f"\n{machine['device']}, torch {machine['torch']}; matmul fp32 "
-        f"{machine['float32'] / 1e12:.3g} TFLOP/s, fp64 {machine['float64'] / 1e12:.3g} TFLOP/s; "
-        f"copy {machine['bandwidth'] / 1e9:.3g} GB/s"
+        f"\n{result['machine']}, torch {result['torch']}; matmul fp32 "
+        f"{rates['float32'] / 1e12:.3g} TFLOP/s, fp64 {rates['float64'] / 1e12:.3g} TFLOP/s; "
+        f"copy {rates['bandwidth'] / 1e9:.3g} GB/s"
     )
     ratios = ("plain ×", "cached ×", "steps", "published")
     table("Seconds, and ratios to ours", ("", *SIDES, *ratios), list(map(_times, rows)))
@@ -72,7 +73,7 @@ def _distances(row: Mapping[str, Any]) -> list[str]:
 def _work(row: Mapping[str, Any]) -> list[str]:
     return [
         row["name"],
-        *(f"{row['flops'][side] / 1e9:.4g}" for side in SIDES),
+        *(f"{sum(row['work'][side]['flops'].values()) / 1e9:.4g}" for side in SIDES),
         *(f"{row['share_of_matmul_rate'][side]:.0%}" for side in SIDES),
         *(f"{row['share_of_bandwidth'][side]:.0%}" for side in SIDES),
     ]

@@ -36,11 +36,6 @@ class Work:
         flops = Counter({dtype: round(times * flops) for dtype, flops in self.flops.items()})
         return Work(flops, round(times * self.bytes))
 
-    @property
-    def total(self) -> int:
-        """Floating-point operations of every dtype."""
-        return sum(self.flops.values())
-
 
 def count(run: Callable[[], object]) -> Work:
     """Run once and count."""
