@@ -9,6 +9,7 @@ from poemerge.task_vector import DenseStack, LowRankStack, Stack
 
 EXPERTS = 8
 SMALL, LARGE = 1e-3, 5e-2  # size of an update's entries
+SPREAD = 0.5, 1.5  # experts' sizes in that unit: some are trained for longer than others
 FACTORS = 2e-2  # the same for large factors of a Llama: with more, fp32 Cholesky may break down
 FULL, LORA = 0.3, 0.01  # ε: published for ViT-B/32, and for Flan-T5 and ViT-L/14
 SHRINK = 8  # of all dimensions, by --quick
@@ -22,7 +23,7 @@ class Case:
         kind: its first words.
         rows: output features O.
         columns: input features I.
-        entries: standard deviation of an update's entries.
+        entries: standard deviation of the entries of an update of middling size.
         epsilon: γ² in units of ||A||².
         rank: of the factors; 0 is dense.
         chunks: cut into square row chunks, by both sides.
@@ -89,9 +90,10 @@ def make(case: Case, device: torch.device) -> Problem:
     def draw(*shape: int) -> Tensor:
         return torch.randn(EXPERTS, 1, *shape, generator=generator)
 
+    sizes = case.entries * torch.linspace(*SPREAD, EXPERTS).view(EXPERTS, 1, 1, 1)
     if not case.rank:
-        updates = case.entries * draw(case.rows, case.columns)[:, 0].to(device)
+        updates = (sizes * draw(case.rows, case.columns))[:, 0].to(device)
         return Problem(updates, DenseStack(updates.unsqueeze(0)))
-    ups = (case.entries * draw(case.rows, case.rank)).to(device)
+    ups = (sizes * draw(case.rows, case.rank)).to(device)
     downs = (draw(case.rank, case.columns) / case.rank**0.5).to(device)
     return Problem((ups @ downs)[:, 0], LowRankStack(tuple(ups), tuple(downs)))
