@@ -33,17 +33,16 @@ class Method:
     whole: Mapping[str, Any] = field(default_factory=dict)
 
 
+TIES = {
+    "theirs": "ties",
+    "expert": {"weight": 1.0, "density": 0.2},
+    "whole": {"normalize": True},
+}
 METHODS = (
     Method("average", "linear"),
     Method("task_arithmetic", "task_arithmetic"),
-    Method(
-        "ties",
-        "ties",
-        settings={"keep": 0.2},
-        expert={"weight": 1.0, "density": 0.2},
-        whole={"normalize": True},
-    ),
-    Method("cauchy_poe", "ties"),
+    Method("ties", settings={"keep": 0.2}, **TIES),
+    Method("cauchy_poe", **TIES),
 )
 
 
