@@ -25,11 +25,13 @@ class Applier:
     Attributes:
         plan: whose method and settings are used.
         seed: of methods that draw at random.
+        device: where to solve.
         spilled: names of tensors that did not fit on the GPU and were solved on the CPU.
     """
 
     plan: Plan
     seed: int
+    device: torch.device
     spilled: list[str] = field(default_factory=list)
 
     def merge(self, batch: Batch, loaded: Loaded) -> Merged:
@@ -41,6 +43,8 @@ class Applier:
         stack = loaded.stack
         assert stack is not None
         call = self._call(batch, loaded)
+        if loaded.squares.device.type != self.device.type:
+            self.spilled += [info.name for info in batch.tensors]
         try:
             return self._apply(batch, stack, call)
         except torch.cuda.OutOfMemoryError:

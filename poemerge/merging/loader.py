@@ -15,6 +15,8 @@ from poemerge.merging.plan import Plan
 from poemerge.rules import COPY
 from poemerge.task_vector import DenseStack, LowRank, LowRankStack, Stack
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Loaded:
@@ -58,7 +60,7 @@ class Loader:
         self._prepared: dict[str, Tensor] = {}
 
     def load(self, batch: Batch) -> Loaded:
-        """Read a batch.
+        """Read a batch; onto the CPU if the GPU has no room for it.
 
         Raises:
             CheckpointError: a value is not finite.
@@ -67,9 +69,17 @@ class Loader:
             return Loaded(tuple(self._copy(info, batch) for info in batch.tensors))
         if self._stream is None:
             return self._load(batch)
-        with torch.cuda.stream(self._stream):
+        try:
+            return self._load_aside(batch, self._stream)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        return Loader(self.plan, CPU, with_base=self.with_base).load(batch)
+
+    def _load_aside(self, batch: Batch, stream: torch.cuda.Stream) -> Loaded:
+        """On a stream of its own, so that copies and computation overlap."""
+        with torch.cuda.stream(stream):
             loaded = self._load(batch)
-            loaded.ready = self._stream.record_event()
+            loaded.ready = stream.record_event()
         for tensor in _tensors(loaded):
             tensor.record_stream(torch.cuda.default_stream(self.device))
         return loaded

@@ -14,6 +14,7 @@ from poemerge.settings import Settings
 
 OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
 LIMITS = {"cpu": 64 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
+SHARE = 16  # of a GPU's memory that one loaded batch takes at most; solving it takes the rest
 SLICE = 8 << 20  # likewise of rows that are merged apart, on a CPU: they stay in its caches
 SMALLEST = 1 << 20  # of a batch, however tight the budget
 SAFE_RIDGE = 1e-3  # relative; above it fp32 suffices, so that no matrix is solved twice
@@ -23,6 +24,8 @@ ELEMENTWISE_COPIES = 3  # of the updates, by a method that says nothing better o
 def batch_bytes(method: Method, device: torch.device, limit: int | None = None) -> int:
     """Loaded bytes of a batch: those of the device, or what a budget has left of them."""
     usual = LIMITS[device.type]
+    if device.type == "cuda":
+        usual = min(usual, torch.cuda.get_device_properties(device).total_memory // SHARE)
     if device.type == "cpu" and method.local and method.prepare is None:
         usual = SLICE
     return min(usual, limit or usual)

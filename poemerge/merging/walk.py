@@ -70,7 +70,7 @@ class Walk:
         _check_choices(plan, choices)
         self.plan, self.choices, self.progress = plan, choices, progress
         self.limit = plan.limit(choices.device, choices.memory)
-        self.applier = Applier(plan, choices.seed)
+        self.applier = Applier(plan, choices.seed, choices.device)
         self.ledger = Ledger([expert.name for expert in plan.experts], choices.stored)
 
     def run(self, folder: Path, lineage: Callable[[], Lineage]) -> MergeReport:
@@ -147,7 +147,7 @@ class Walk:
         if self.choices.rank is not None:
             update, missed = best_rank(update, self.choices.rank)
             errors = missed.tolist()
-        update = update.to(self.choices.device, torch.float32)
+        update = update.to(loaded.squares.device, torch.float32)
         squares = torch.cat([loaded.squares, _square(update).unsqueeze(-1)], dim=-1)
         self.ledger.add(batch, squares, merged.certificates, errors)
         return update

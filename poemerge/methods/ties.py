@@ -10,7 +10,7 @@ from poemerge.method import Call, Merged, register
 from poemerge.settings import Settings, setting
 from poemerge.task_vector import Dense, Stack
 
-RUN = 1 << 16  # entries that are worked on at a time, so that they stay in the caches
+RUN = 1 << 16  # entries that a CPU works on at a time, so that they stay in its caches
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,11 @@ def trim_and_elect(deltas: Tensor, settings: TiesSettings, call: Call) -> Tensor
     below = torch.nextafter(limits, limits.new_full((), -1.0)).clamp_min(0).tolist()
     flat = deltas.reshape(*deltas.shape[:2], -1)
     merged = flat.new_empty(flat.shape[0], flat.shape[-1])
+    length = flat.shape[-1] if flat.is_cuda else RUN
     for index, updates in enumerate(flat):
         say = call.weights[index].to(flat).unsqueeze(0)
-        for run, out in zip(updates.split(RUN, -1), merged[index].split(RUN, -1), strict=True):
+        runs = zip(updates.split(length, -1), merged[index].split(length, -1), strict=True)
+        for run, out in runs:
             kept = [hardshrink(row, low) for row, low in zip(run, below[index], strict=True)]
             out.copy_(elect_and_average(torch.stack(kept), say))
     return merged.view(deltas.shape[0], *deltas.shape[2:])
