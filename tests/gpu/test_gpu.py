@@ -1,4 +1,4 @@
-"""The same work on a CUDA device: what the CPU says, no waiting in a step, and what does not fit."""
+"""The same work on a CUDA device: what the CPU says, no waiting in a step, a card too small."""
 
 from collections.abc import Iterator
 from pathlib import Path
