@@ -162,11 +162,12 @@ def merge(
     """
     from flows.console import show_report, start_logging, tensor_progress
     from flows.overrides import in_bytes, parse_settings
-    from poemerge.merge import merge_checkpoints
 
     start_logging()
     settings = parse_settings(overrides)
     folders = _resolve(base, experts)
+    from poemerge.merge import merge_checkpoints  # imports torch, while the inputs are hashed
+
     choices |= {"memory": in_bytes(memory)}
     with tensor_progress("merging") as progress:
         report = merge_checkpoints(
@@ -290,16 +291,27 @@ def lineage(ref: str, *, as_json: bool) -> None:
 
 def _resolve(base: str, experts: Sequence[str]) -> dict[str, Path]:
     """Name → folder that the core can read, the base first; what is no such folder is fetched."""
-    from poemerge.merge import unused_name
-    from tasks.fetch import resolve_local
+    from poemerge.lineage import hash_ahead
+    from poemerge.names import unused_name
 
-    cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge"))
-    folders = {"base": resolve_local(base, cache)}
+    folders = {"base": _local(base)}
     for text in experts:
         name, equals, source = text.partition("=")
-        folder = resolve_local(source if equals else text, cache)
+        folder = _local(source if equals else text)
         folders[unused_name(name if equals else Path(text.split("@")[0]).name, folders)] = folder
+    hash_ahead(folders.values())
     return folders
+
+
+def _local(source: str) -> Path:
+    """`source` itself if the core can read it, else a copy; fetching imports much."""
+    from poemerge.layout import is_ready
+
+    if is_ready(Path(source)):
+        return Path(source)
+    from tasks.fetch import resolve_local
+
+    return resolve_local(source, Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge")))
 
 
 if __name__ == "__main__":

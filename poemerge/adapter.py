@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 from poemerge.checkpoint import TensorFiles, read_json
 from poemerge.errors import CheckpointError
+from poemerge.layout import ADAPTER
 from poemerge.task_vector import LowRank
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."  # PEFT saves a copy of the embedding that it adapts
 # What changes the algebra in a way that two factors do not show.
@@ -69,9 +69,9 @@ class Adapter(TensorFiles):
 
     def __init__(self, folder: Path) -> None:
         self.lora = _parse(folder / CONFIG)
-        if not (folder / WEIGHTS).exists():
-            raise CheckpointError(f"{folder / WEIGHTS} is missing; save the adapter again.")
-        super().__init__(folder, (WEIGHTS,))
+        if not (folder / ADAPTER).exists():
+            raise CheckpointError(f"{folder / ADAPTER} is missing; save the adapter again.")
+        super().__init__(folder, (ADAPTER,))
         self.factors = self._pair_factors()
         whole = self._whole_tensors()
         self.base_layers = {n: key for n, key in whole.items() if BASE_LAYER in key}
@@ -87,7 +87,7 @@ class Adapter(TensorFiles):
         expected = self.lora.rank_of(name.removesuffix(".weight"))
         if not (len(up) == len(down) == 2 and up[1] == down[0] == expected):
             raise CheckpointError(
-                f"{name} in {self.folder / WEIGHTS} has factors {up} and {down}, but {CONFIG} says "
+                f"{name} in {self.folder / ADAPTER} has factors {up} and {down}, but {CONFIG} says "
                 f"rank {expected}; save the adapter again."
             )
         rows, columns = (down[1], up[0]) if self.transposed(name) else (up[0], down[1])
@@ -126,7 +126,7 @@ class Adapter(TensorFiles):
         for key in rest:
             if "lora_" in key:
                 raise CheckpointError(
-                    f"{key} in {self.folder / WEIGHTS} is no plain LoRA factor (DoRA or a bias); "
+                    f"{key} in {self.folder / ADAPTER} is no plain LoRA factor (DoRA or a bias); "
                     "merge it into its base with PEFT and give the full checkpoint."
                 )
         return {_base_name(key): key for key in rest}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poemerge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from poemerge.adapter import CONFIG, PREFIX, Adapter
 from poemerge.atomic import write_json
+from poemerge.layout import ADAPTER
 from poemerge.task_vector import LowRank
 from poemerge.writer import ShardWriter
 
@@ -59,7 +60,7 @@ def write_adapter(
     factors = _named_factors(updates, embeddings, transposed=transposed)
     layout = {key: (tuple(factor.shape), dtype) for key, factor in factors.items()}
     layout |= {PREFIX + name: (kept.shape, kept.dtype) for name, kept in whole.items()}
-    with ShardWriter(folder / WEIGHTS, layout) as writer:
+    with ShardWriter(folder / ADAPTER, layout) as writer:
         for key, factor in factors.items():
             writer.write(key, factor)
         for name, kept in whole.items():

@@ -9,11 +9,15 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 from poemerge.atomic import new_folder, write_json
@@ -40,13 +44,32 @@ def hash_files(folder: Path) -> dict[str, str]:
 def sha256(path: Path) -> str:
     """sha256 of a file; a file that has not been touched since is not read twice."""
     stat = path.stat()
-    return _sha256(os.fspath(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    key = (os.fspath(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    with _BUSY[key]:  # who asks for a file that is being hashed waits for that
+        return _sha256(*key)
 
 
 @cache
 def _sha256(path: str, _inode: int, _size: int, _mtime_ns: int) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+_BUSY: defaultdict[tuple[str, int, int, int], Lock] = defaultdict(Lock)
+
+
+def hash_ahead(folders: Iterable[Path]) -> None:
+    """Begin to hash what will be asked for, in the background; an error shows when it is."""
+
+    def hash_quietly(path: Path) -> None:
+        with suppress(OSError):
+            sha256(path)
+
+    files = [path for folder in folders for path in folder.rglob("*.safetensors")]
+    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash-ahead")
+    for path in files:
+        pool.submit(hash_quietly, path)
+    pool.shutdown(wait=False)
 
 
 @cache

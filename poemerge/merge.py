@@ -1,6 +1,6 @@
 """The public entry: merge checkpoints into a folder, with its lineage."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,6 +18,7 @@ from poemerge.lineage import Lineage, Source, core_code
 from poemerge.merging.plan import plan_merge
 from poemerge.merging.walk import Choices, Walk
 from poemerge.methods import find
+from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.report import MergeReport
 
@@ -131,14 +132,6 @@ def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> di
     for folder in map(Path, experts):
         named[unused_name(folder.resolve().name, named)] = folder
     return named
-
-
-def unused_name(name: str, taken: Container[str]) -> str:
-    """`name`, or `name-2`, `name-3` and so on where it is taken."""
-    fresh, count = name, 2
-    while fresh in taken:
-        fresh, count = f"{name}-{count}", count + 1
-    return fresh
 
 
 def _silent(_done: int, _total: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poemerge.adapter import WEIGHTS
 from poemerge.adapter_files import Whole, write_adapter
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.errors import CheckpointError, NumericalError
@@ -28,6 +27,7 @@ from poemerge.extracting.rules import (
     module_of,
     obstacle,
 )
+from poemerge.layout import ADAPTER
 from poemerge.lineage import Lineage, Source
 from poemerge.rules import is_head, is_tied_head, is_vocabulary
 from poemerge.task_vector import LowRank, Update
@@ -178,7 +178,7 @@ class Extraction:
         warnings = [*losses(tensors), *lacking(tensors, LACKING), *self._oddities()]
         for warning in warnings:
             logger.warning(warning)
-        size = (folder / WEIGHTS).stat().st_size
+        size = (folder / ADAPTER).stat().st_size
         return ExtractReport(base_model, lineage.params, tensors, tuple(warnings), size)
 
     def _oddities(self) -> Iterator[str]:

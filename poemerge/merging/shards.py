@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from poemerge.atomic import write_json
-from poemerge.checkpoint import INDEX, TensorInfo
+from poemerge.checkpoint import TensorInfo
 from poemerge.errors import NumericalError
+from poemerge.layout import INDEX
 from poemerge.merging.plan import Plan
 from poemerge.merging.stream import Behind
 from poemerge.rules import TIED

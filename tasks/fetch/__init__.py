@@ -10,8 +10,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from poemerge.errors import SourceError
+from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, digest, hash_files, package_versions, produce
-from tasks.fetch.local import is_ready
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
 from tasks.fetch.sources import open_source
 

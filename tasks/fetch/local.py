@@ -12,8 +12,6 @@ from tasks.fetch.layout import check_index, pickled, select
 from tasks.fetch.origin import Origin
 from tasks.fetch.pickles import convert
 
-READY = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-
 
 def open_folder(folder: Path) -> Origin:
     """Hash the model files of `folder`.
@@ -36,11 +34,6 @@ def open_folder(folder: Path) -> Origin:
         write=partial(_copy, folder, files),
         parent=None if record is None else asdict(record),
     )
-
-
-def is_ready(folder: Path) -> bool:
-    """True if the core can read `folder` as it stands."""
-    return any((folder / name).is_file() for name in READY)
 
 
 def _check_link(folder: Path, name: str) -> None:

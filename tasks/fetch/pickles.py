@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from poemerge.atomic import write_json
-from poemerge.checkpoint import INDEX, read_json
+from poemerge.checkpoint import read_json
 from poemerge.errors import SourceError
+from poemerge.layout import INDEX
 
 logger = logging.getLogger(__name__)
 

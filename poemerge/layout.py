@@ -1,0 +1,12 @@
+"""Names of the files that make up a model on disk."""
+
+from pathlib import Path
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+
+
+def is_ready(folder: Path) -> bool:
+    """True if the core can read `folder` as it stands."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX, ADAPTER))
