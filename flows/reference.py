@@ -1,22 +1,29 @@
 """docs/reference.md, from the code: `python -m flows.reference` writes it, a test compares it."""
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 import click
 
 from flows.cli import main
 from poemerge.method import Method
 from poemerge.methods import METHODS
+from poemerge.settings import default_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 WIDTH = 96
+BAR = "&#124;"  # a bar that ends no cell of a table
 
 HEAD = """\
 # Reference
 
 Written by `python -m flows.reference` from the code. The parameters of a run are explained in
-[params.yaml](../params.yaml) itself, each beside its value.
+[params.yaml](../params.yaml) itself, each beside its value; the settings of the products of
+experts in [family.md](family.md).
 
 ## Commands
 """
@@ -37,12 +44,33 @@ def _command(name: str, command: click.Command) -> str:
 
 
 def _method(method: Method) -> str:
-    rows = [
-        f"| `{name}` | `{json.dumps(default)}` | {meaning.replace('|', 'or')} |"
-        for name, default, meaning in method.settings.describe()
-    ]
-    table = "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+    rows = [_row(field) for field in fields(method.settings)]
+    table = "\n".join(["| setting | default | values | meaning |", "|---|---|---|---|", *rows])
     return f"### {method.name}\n\n{method.summary}\n\nSource: {method.source}.\n\n{table}\n"
+
+
+def _row(field: Field[Any]) -> str:
+    default = json.dumps(default_of(field), ensure_ascii=False)
+    cells = (f"`{field.name}`", f"`{default}`", _values(field), field.metadata["meaning"])
+    return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
+
+
+def _values(field: Field[Any]) -> str:
+    """What a setting takes: its words, its range, or that it is a mapping."""
+    choices, words = field.metadata["choices"], field.metadata["words"]
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices if choice)
+    if isinstance(default_of(field), Mapping):
+        return "a mapping"
+    return ", ".join(
+        [_range(field.metadata["low"], field.metadata["high"]), *map("`{}`".format, words)]
+    )
+
+
+def _range(low: float, high: float) -> str:
+    if high < math.inf:
+        return f"{low:g} to {high:g}"
+    return f"≥ {low:g}" if low > -math.inf else "a number"
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _meaning(field_: Field[Any]) -> str:
-    choices = field_.metadata["choices"]
+    choices = [choice for choice in field_.metadata["choices"] if choice]
     return field_.metadata["meaning"] + (f": {' | '.join(choices)}" if choices else "")
 
 

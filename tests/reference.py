@@ -1,4 +1,4 @@
-"""The equations of docs/maths.md, sections 1 and 3: slow, obvious, fp64, one matrix at a time.
+"""The equations of docs/family.md and docs/scale-and-ridge.md: slow, obvious, fp64, one by one.
 
 Nothing here is shared with poemerge: no batches, no subspace, no Cholesky, no expanded squares.
 """

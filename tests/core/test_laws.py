@@ -1,4 +1,4 @@
-"""The laws of docs/maths.md, section 3, each for the dense and the low-rank twin."""
+"""The laws of docs/family.md, each for the dense and the low-rank twin."""
 
 import pytest
 import torch
