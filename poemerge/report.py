@@ -11,7 +11,7 @@ from poemerge.rules import MEANINGS
 
 REPORT = "merge_report.json"
 GROWTH_LIMIT = 10.0
-CONDITION_LIMIT = 1e8
+CONDITION_LIMIT = 1e10  # solved in fp64, which leaves six digits
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,14 @@ class MergeReport:
 
 def warn(tensors: tuple[TensorReport, ...], settings: Mapping[str, Any]) -> list[str]:
     """Sentences on solves that did not settle, or whose answer is not to be trusted blindly."""
-    solved = [tensor for tensor in tensors if tensor.certificate]
+
+    def beyond(key: str, limit: float) -> list[TensorReport]:
+        return [tensor for tensor in tensors if tensor.certificate.get(key, 0.0) > limit]
+
     findings = (
-        _unsettled([t for t in solved if not t.certificate["converged"]], settings),
-        _blown_up([t for t in solved if t.certificate["growth"] > GROWTH_LIMIT]),
-        _ill_conditioned([t for t in solved if t.certificate["condition"] > CONDITION_LIMIT]),
+        _unsettled([t for t in tensors if not t.certificate.get("converged", True)], settings),
+        _blown_up(beyond("growth", GROWTH_LIMIT)),
+        _ill_conditioned(beyond("condition", CONDITION_LIMIT)),
     )
     return [finding for finding in findings if finding]
 
@@ -75,7 +78,7 @@ def _unsettled(tensors: list[TensorReport], settings: Mapping[str, Any]) -> str:
     if not tensors:
         return ""
     return (
-        f"{tensors[0].name}{_others(tensors)} did not settle in {settings['max_steps']} steps; "
+        f"{tensors[0].name}{_others(tensors)} did not settle in {settings.get('max_steps')} steps; "
         "raise `max_steps`, or `ridge` if the experts nearly coincide."
     )
 
@@ -97,7 +100,8 @@ def _ill_conditioned(tensors: list[TensorReport]) -> str:
     worst = max(tensors, key=lambda tensor: tensor.certificate["condition"])
     return (
         f"{worst.name}{_others(tensors)} has a system of condition "
-        f"{worst.certificate['condition']:.0e}, so that its digits are noise; raise `ridge`."
+        f"{worst.certificate['condition']:.0e}, which magnifies the rounding of the experts' "
+        "weights as many times; raise `ridge`."
     )
 
 

@@ -12,6 +12,7 @@ from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
 from poemerge.method import Call, Merged, Method
 from poemerge.methods import find
+from poemerge.poe.settings import ProductSettings
 from poemerge.rules import AVERAGE, VOCABULARY
 from poemerge.task_vector import Dense, LowRank, Stack, Update
 
@@ -78,8 +79,8 @@ class Applier:
         method, settings = self.plan.method, self.plan.settings
         if batch.group.rule == AVERAGE:
             return find("average"), settings
-        if batch.group.rule == VOCABULARY:
-            return method, replace(settings, side="input")  # type: ignore[call-arg]
+        if batch.group.rule == VOCABULARY and isinstance(settings, ProductSettings):
+            return method, replace(settings, side="input")
         return method, settings
 
     def _call(self, batch: Batch, loaded: Loaded) -> Call:

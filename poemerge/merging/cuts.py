@@ -14,6 +14,22 @@ _WRITES_HEADS = re.compile(r"(^|\.)(q|k|v|query|key|value)(_proj)?\.weight$")
 _READS_HEADS = re.compile(r"(^|\.)(o_proj|out_proj|attention\.output\.dense)\.weight$")
 
 
+def check_cuts(settings: Settings) -> None:
+    """Refuse pieces by name where matrices are not solved as matrices.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    if not isinstance(settings, ProductSettings) or settings.is_structured:
+        return
+    if settings.fused or settings.granularity == "head":
+        name = "fused" if settings.fused else "granularity head"
+        raise SettingError(
+            f"{name} has no meaning with precision {settings.precision}, which takes every entry "
+            "by itself; choose precision gram or activation, or leave it out."
+        )
+
+
 def cut_for(info: TensorInfo, base: Checkpoint, settings: Settings) -> Cut | None:
     """The pieces of a matrix that its name asks for, or None.
 

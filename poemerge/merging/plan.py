@@ -15,7 +15,7 @@ from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.curvature import Curvature
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import Expert, open_expert
-from poemerge.merging.cuts import cut_for
+from poemerge.merging.cuts import check_cuts, cut_for
 from poemerge.merging.groups import Group
 from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes
 from poemerge.method import Method
@@ -95,6 +95,7 @@ def plan_merge(
     found = find(method)
     parsed = found.settings.parse(settings)
     _check_names(tuple(experts), parsed)
+    check_cuts(parsed)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(base))
         opened = []

@@ -54,7 +54,8 @@ class _State:
     used: Tensor  # x (B, E)
     asked: Tensor  # g (B, E): the log weights that M asks for; x = g at a mode
     energy: Tensor  # (B,)
-    noise: Tensor  # (B, E): rounding of g
+    noise: Tensor  # (B, E): rounding of g, the part by which α may be off
+    slack: Tensor  # (B,): rounding of the energy
 
 
 def solve(form: Form, tail: Tail, start: Tensor, ridge: Tensor, stop: Stop) -> Mode:
@@ -81,7 +82,7 @@ def solve(form: Form, tail: Tail, start: Tensor, ridge: Tensor, stop: Stop) -> M
             break
         merged, broken = form.mode(proposal.exp() * voting, ridge)
         new = _look(form, tail, merged, proposal, ridge)
-        better = (new.energy <= state.energy + _rounding(new)) & ~settled & ~broken
+        better = (new.energy <= state.energy + new.slack) & ~settled & ~broken
         moved = _distance(new.merged, state.merged) if stop.atol > 0 else None
         steps, failed = steps + ~settled, failed | (broken & plain & ~settled)
         # Nothing but rounding can make a plain step rise: there is nowhere lower to go.
@@ -107,10 +108,16 @@ def _look(form: Form, tail: Tail, merged: Tensor, used: Tensor, ridge: Tensor) -
     prior = 0.5 * ridge * linalg.square_norm(merged.mT.flatten(-2))
     weights = tail.weights(residuals)
     asked = torch.where(weights > 0, _log(weights), used)
-    rounding = torch.finfo(merged.dtype).eps * terms
-    # q is off by `rounding`, the energy by half of α times that, log α by at most as many parts.
-    noise = weights * rounding
-    return _State(merged, used, asked, tail.energy(residuals).sum(dim=-1) + prior, noise)
+    rounding = torch.finfo(merged.dtype).eps * terms  # of q
+    shaken = _log(tail.weights(residuals + rounding))
+    return _State(
+        merged,
+        used,
+        asked,
+        energy=tail.energy(residuals).sum(dim=-1) + prior,
+        noise=torch.where(weights > 0, asked - shaken, 0.0).clamp_min(0),
+        slack=0.5 * (weights * rounding).sum(dim=-1),
+    )
 
 
 def _settled(state: _State, stop: Stop, moved: Tensor | None = None) -> Tensor:
@@ -134,6 +141,7 @@ def _choose(better: Tensor, new: _State, old: _State) -> _State:
         asked=pick(new.asked, old.asked),
         energy=pick(new.energy, old.energy),
         noise=pick(new.noise, old.noise),
+        slack=pick(new.slack, old.slack),
     )
 
 
@@ -142,11 +150,6 @@ def _propose(state: _State, mixer: Anderson | None, better: Tensor) -> tuple[Ten
     if mixer is None:
         return state.asked, torch.ones_like(better)
     return mixer.next(state.used, state.asked, better)
-
-
-def _rounding(state: _State) -> Tensor:
-    """By how much the energy (B,) may be off."""
-    return 0.5 * state.noise.sum(dim=-1)
 
 
 def _distance(new: Tensor, old: Tensor) -> Tensor:

@@ -101,7 +101,10 @@ class ProductSettings(Settings):
     @property
     def keeps_factors(self) -> bool:
         """True if updates in factors give a merged one in factors."""
-        return any(PRECISIONS[self.precision].reduces)
+        acting, free = PRECISIONS[self.precision].reduces
+        # Activations act on the inputs; a cut takes the other axis, along which factors are kept.
+        is_cut = self.granularity in {"head", "rows"} or bool(self.fused)
+        return acting or (free and not is_cut)
 
 
 @dataclass(frozen=True)
