@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.published import disagreement, form
-from poemerge.methods.cauchy_poe import CauchySettings
+from poemerge.poe.settings import HeavySettings
 
 RTOL = 1e-11
 MAX_STEPS = 500
 
 
-def fixed_point(updates: Tensor, settings: CauchySettings) -> Tensor:
+def fixed_point(updates: Tensor, settings: HeavySettings) -> Tensor:
     """M (O, I) for updates (E, O, I): the input side is the output side of the transposes."""
     if settings.side == "input":
         return _output_side(updates.mT.double(), settings).T
     return _output_side(updates.double(), settings)
 
 
-def _output_side(updates: Tensor, settings: CauchySettings) -> Tensor:
+def _output_side(updates: Tensor, settings: HeavySettings) -> Tensor:
     grams, targets = (torch.stack(part) for part in zip(*map(form, updates), strict=True))
     sized = updates if settings.scale == "paper" else grams
     scales = settings.epsilon * sized.square().sum(dim=(1, 2))

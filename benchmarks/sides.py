@@ -24,12 +24,14 @@ PAPER = {
 
 def paper(case: Case) -> dict[str, Any]:
     """Settings of ours for the problem that the published procedure solves; our stopping rule."""
-    return {**PAPER, "epsilon": case.epsilon, "chunks": "square" if case.chunks else "none"}
+    granularity = "square" if case.chunks else "matrix"
+    return {**PAPER, "epsilon": case.epsilon, "granularity": granularity}
 
 
 def ours(problem: Problem, settings: Mapping[str, Any]) -> Merged:
     """Our solver, one say for each expert."""
-    say = torch.ones(len(problem.updates), dtype=torch.float64)
+    device = problem.updates.device
+    say = torch.ones(1, len(problem.updates), dtype=torch.float64, device=device)
     return CAUCHY.merge(problem.stack, CAUCHY.settings.parse(settings), Call(say))
 
 

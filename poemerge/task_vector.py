@@ -32,6 +32,11 @@ class LowRank:
         return cls(torch.zeros(rows, 0), torch.zeros(0, columns))
 
     @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.up.device
+
+    @property
     def rank(self) -> int:
         """Inner dimension R of the factors."""
         return self.up.shape[-1]
@@ -68,6 +73,11 @@ class Dense:
     """An update as it is; any shape."""
 
     delta: Tensor  # (..., O, I)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the update is."""
+        return self.delta.device
 
     @property
     def mT(self) -> "Dense":  # noqa: N802 - as torch spells it

@@ -51,9 +51,8 @@ class Applier:
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
         parts = [self._alone(batch, stack, call, index) for index in range(len(batch.tensors))]
-        device = loaded.squares.device
         return Merged(
-            _join([part.update.to(device, torch.float32) for part in parts]),
+            _join([part.update for part in parts]),
             tuple(certificate for part in parts for certificate in part.certificates),
         )
 
@@ -123,6 +122,9 @@ def _moved(call: Call, device: torch.device) -> Call:
 
 
 def _join(updates: list[Update]) -> Update:
+    """One update of a batch, on the CPU if a part of it is there: the GPU had no room for it."""
+    if any(update.device.type == "cpu" for update in updates):
+        updates = [update.to(CPU, torch.float32) for update in updates]
     factors = [update for update in updates if isinstance(update, LowRank)]
     if len(factors) == len(updates):
         ups, downs = zip(*((u.up, u.down) for u in factors), strict=True)

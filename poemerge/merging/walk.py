@@ -110,7 +110,7 @@ class Walk:
             return tuple(loaded.base)
         update = self._solve(batch, loaded)
         assert isinstance(loaded.base, torch.Tensor)
-        return loaded.base.add_(update.dense()).unbind()
+        return loaded.base.to(update.device).add_(update.dense()).unbind()
 
     def _write_adapter(self, folder: Path) -> None:
         factors: dict[str, LowRank] = {}
@@ -147,8 +147,8 @@ class Walk:
         if self.choices.rank is not None:
             update, missed = best_rank(update, self.choices.rank)
             errors = missed.tolist()
-        update = update.to(loaded.squares.device, torch.float32)
-        squares = torch.cat([loaded.squares, _square(update).unsqueeze(-1)], dim=-1)
+        update = update.to(update.device, torch.float32)
+        squares = torch.cat([loaded.squares.cpu(), _square(update).unsqueeze(-1).cpu()], dim=-1)
         self.ledger.add(batch, squares, merged.certificates, errors)
         return update
 

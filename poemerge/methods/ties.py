@@ -10,6 +10,7 @@ from poemerge.method import Call, Merged, register
 from poemerge.settings import Settings, setting
 from poemerge.task_vector import Dense, Stack
 
+EVEN = 1e-6  # part of Σ w |τ| below which a vote is even
 RUN = 1 << 16  # entries that a CPU works on at a time, so that they stay in its caches
 
 
@@ -33,7 +34,7 @@ def threshold(update: Tensor, settings: TiesSettings) -> Tensor:
         return update.new_zeros(())
     magnitudes = update.abs_().view(-1)
     if magnitudes.is_cuda:
-        return magnitudes.kthvalue(rest + 1).values
+        return magnitudes.sort().values[rest].clone()  # kthvalue takes one block of the card
     magnitudes.numpy().partition(rest)  # ten times faster than kthvalue, where SIMD helps
     return magnitudes[rest]
 
@@ -72,8 +73,9 @@ def trim_and_elect(deltas: Tensor, settings: TiesSettings, call: Call) -> Tensor
 def elect_and_average(updates: Tensor, say: Tensor) -> Tensor:
     """Mean (N,) over the experts whose sign agrees with that of the weighted sum.
 
-    With s the elected sign, Σ w τ and Σ w |τ| give the sum over those that agree as their half-sum
-    (half-difference where s is negative); signs in place of τ give the sum of their weights.
+    A sum that is zero but for rounding elects nobody, on every device alike. With s the elected
+    sign, Σ w τ and Σ w |τ| give the sum over those that agree as their half-sum (half-difference
+    where s is negative); signs in place of τ give the sum of their weights.
 
     Args:
         updates: τ (E, N), trimmed.
@@ -81,6 +83,6 @@ def elect_and_average(updates: Tensor, say: Tensor) -> Tensor:
     """
     total, size = say @ updates, say @ updates.abs()
     signs = updates.sign()
-    elected = total.sign()
+    elected = total.sign() * (total.abs() > EVEN * size)
     votes = say @ signs.abs() + elected * (say @ signs)
     return ((total + elected * size) / votes.clamp_min(torch.finfo(updates.dtype).tiny)).squeeze(0)
