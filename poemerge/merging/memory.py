@@ -13,7 +13,7 @@ from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
 from poemerge.settings import Settings
 
 OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
-LIMITS = {"cpu": 64 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
+LIMITS = {"cpu": 32 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
 SHARE = 16  # of a GPU's memory that one loaded batch takes at most; solving it takes the rest
 SLICE = 8 << 20  # likewise of rows that are merged apart, on a CPU: they stay in its caches
 SMALLEST = 1 << 20  # of a batch, however tight the budget
