@@ -19,6 +19,7 @@ from poemerge.poe.anderson import Anderson
 from poemerge.poe.experts import Form, Tail
 
 NEAR = 0.03  # log weights that move by no more are near a mode, and their steps are mixed
+SUM_ROUNDING = 8 * torch.finfo(torch.float64).eps  # of an energy, through its own sum
 LOOK_EVERY = {"cuda": 4}  # steps between two looks at whether all is settled; each look waits
 
 
@@ -112,13 +113,14 @@ def _look(form: Form, tail: Tail, merged: Tensor, used: Tensor, ridge: Tensor) -
     asked = torch.where(weights > 0, _log(weights), used)
     rounding = torch.finfo(merged.dtype).eps * terms  # of q
     shaken = _log(tail.weights(residuals + rounding))
+    energy = tail.energy(residuals).sum(dim=-1) + prior
     return _State(
         merged,
         used,
         asked,
-        energy=tail.energy(residuals).sum(dim=-1) + prior,
+        energy,
         noise=torch.where(weights > 0, asked - shaken, 0.0).clamp_min(0),
-        slack=0.5 * (weights * rounding).sum(dim=-1),
+        slack=0.5 * (weights * rounding).sum(dim=-1) + SUM_ROUNDING * energy.abs(),
     )
 
 
