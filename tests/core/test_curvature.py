@@ -167,5 +167,5 @@ def test_files_are_closed(bench: Bench) -> None:
     curvature = Curvature(("a", "b"), settings)
     (name,) = curvature._files[0].tensors
     curvature.close()
-    with pytest.raises(OSError, match="[Bb]ad file|closed"):
+    with pytest.raises(OSError, match="Bad file"):
         curvature._files[0].read(name)
