@@ -158,3 +158,27 @@ def _trim(update: Tensor, keep: float) -> Tensor:
     magnitudes = sorted(update.abs().flatten().tolist(), reverse=True)
     smallest = magnitudes[max(1, round(keep * len(magnitudes))) - 1]
     return torch.where(update.abs() >= smallest, update, 0.0)
+
+
+def fisher_merging(experts: Experts, weights: Numbers, fishers: Experts) -> Tensor:
+    """Σ w_i F_i ⊙ A_i / Σ w_i F_i, entry by entry (Matena and Raffel 2022)."""
+    merged = torch.zeros_like(experts[0])
+    for place in torch.cartesian_prod(*map(torch.arange, merged.shape)).tolist():
+        each = zip(experts, weights, fishers, strict=True)
+        says = [(w * float(f[tuple(place)]), float(a[tuple(place)])) for a, w, f in each]
+        total = sum(say for say, _ in says)
+        merged[tuple(place)] = sum(say * a for say, a in says) / total if total else 0.0
+    return merged
+
+
+def regmean(experts: Experts, weights: Numbers, activations: Experts) -> Tensor:
+    """(Σ w_i C_i)⁻¹ Σ w_i C_i W_iᵀ, transposed, with C_i = X_iᵀ X_i (Jin et al. 2023)."""
+    total = sum(w * c for w, c in zip(weights, activations, strict=True))
+    right = sum(w * c @ a.T for w, c, a in zip(weights, activations, experts, strict=True))
+    return (torch.linalg.inv(total) @ right).T
+
+
+def wudi_objective(merged: Tensor, experts: Experts) -> Tensor:
+    """Σ ||(M - A_i) A_iᵀ||² / ||A_i||² (Cheng et al. 2025)."""
+    misses = [((merged - a) @ a.T).square().sum() / a.square().sum() for a in experts]
+    return torch.stack(misses).sum()

@@ -24,10 +24,8 @@ class Entrywise:
 
     @classmethod
     def of(cls, deltas: Tensor, precisions: Tensor | None, dimension: int, pieces: int = 1) -> Self:
-        """Forms of the updates A (B, E, O, I), cut along I in pieces that are batched."""
-        if pieces > 1:
-            cut = deltas.unflatten(-1, (pieces, -1)).movedim(-2, 1).flatten(0, 1)
-            return cls.of(cut, precisions, dimension)
+        """Forms of the updates A (B, E, O, I), whose pieces never share a precision."""
+        assert pieces == 1
         given = None if precisions is None else precisions.to(deltas)
         targets = deltas if given is None else given * deltas
         return cls(

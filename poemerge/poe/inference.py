@@ -4,7 +4,8 @@ Majorise-minimise: weights from M, then M from weights. Each step minimises a qu
 the energy from above, so the energy never rises; the recorded energies are the certificate.
 
 The step is a map of log weights to log weights, which Anderson mixing accelerates. A mixed step
-that would raise the energy is thrown away, and a plain one follows; so the promise stands.
+that would raise the energy is thrown away, and a plain one follows; so the promise stands. Far from
+a mode steps are plain: where there are several modes, a mixed one may leap to another, and a worse.
 """
 
 import math
@@ -17,6 +18,8 @@ from poemerge import linalg
 from poemerge.poe.anderson import Anderson
 from poemerge.poe.experts import Form, Tail
 
+NEAR = 0.03  # log weights that move by no more are near a mode, and their steps are mixed
+SUM_ROUNDING = 8 * torch.finfo(torch.float64).eps  # of an energy, through its own sum
 LOOK_EVERY = {"cuda": 4}  # steps between two looks at whether all is settled; each look waits
 
 
@@ -110,13 +113,14 @@ def _look(form: Form, tail: Tail, merged: Tensor, used: Tensor, ridge: Tensor) -
     asked = torch.where(weights > 0, _log(weights), used)
     rounding = torch.finfo(merged.dtype).eps * terms  # of q
     shaken = _log(tail.weights(residuals + rounding))
+    energy = tail.energy(residuals).sum(dim=-1) + prior
     return _State(
         merged,
         used,
         asked,
-        energy=tail.energy(residuals).sum(dim=-1) + prior,
+        energy,
         noise=torch.where(weights > 0, asked - shaken, 0.0).clamp_min(0),
-        slack=0.5 * (weights * rounding).sum(dim=-1),
+        slack=0.5 * (weights * rounding).sum(dim=-1) + SUM_ROUNDING * energy.abs(),
     )
 
 
@@ -149,7 +153,9 @@ def _propose(state: _State, mixer: Anderson | None, better: Tensor) -> tuple[Ten
     """The next log weights (B, E), and True (B,) where they are those of a plain step."""
     if mixer is None:
         return state.asked, torch.ones_like(better)
-    return mixer.next(state.used, state.asked, better)
+    mixed, plain = mixer.next(state.used, state.asked, better)
+    far = (state.asked - state.used).abs().amax(dim=-1) > NEAR
+    return torch.where(far.unsqueeze(-1), state.asked, mixed), plain | far
 
 
 def _distance(new: Tensor, old: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The precisions act on the axis O of what comes in here (product.py turns the inp
 
     along O          the pieces are matrices of their own
     along I          the pieces share the precisions of the whole and have weights of their own
-    along I, apart   the pieces are matrices of their own (fused projections)
+    along I, apart   the pieces are matrices of their own (fused projections), as are all of a
+                     precision that is entrywise: it has nothing to share
 
 An axis that is not cut may be exchanged for a joint basis first, as for whole matrices.
 """
@@ -43,7 +44,7 @@ def solve_in_pieces(
         merged, certificates = solve(Problem(deltas, call.curvature, call.weights, stack.shape[0]))
         return lift(merged), certificates
     axis = COLUMNS if (call.cut.axis == "rows") == turned else ROWS
-    if axis == COLUMNS and not call.cut.apart:
+    if axis == COLUMNS and precision.matrices and not call.cut.apart:
         return _share(stack, call, precision, solve)
     return _part(stack, call, precision, solve, axis)
 
@@ -54,11 +55,8 @@ def _share(
     """Pieces of equal width along I that share their precisions; a shorter last one is padded."""
     deltas, lift = stack.reduced(precision.reduces[0], columns=False)
     count, size, wide = len(call.sizes), max(call.sizes), deltas.shape[-1]
-    missing = (0, count * size - wide)
-    given = call.curvature
-    if given is not None and not precision.matrices:
-        given = pad(given, missing)
-    problem = Problem(pad(deltas, missing), given, call.weights, stack.shape[0], count)
+    padded = pad(deltas, (0, count * size - wide))
+    problem = Problem(padded, call.curvature, call.weights, stack.shape[0], count)
     merged, pieces = solve(problem)
     whole = merged.unflatten(0, (-1, count)).movedim(1, -2).flatten(-2)[..., :wide]
     groups = [pieces[start : start + count] for start in range(0, len(pieces), count)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from poemerge.method import Call, Merged
+from poemerge.method import Call, Cut, Merged
 from poemerge.methods import find
 from poemerge.task_vector import DenseStack, LowRankStack, Stack
 
@@ -41,13 +41,30 @@ def factors(experts: Sequence[Pair]) -> LowRankStack:
 
 
 def merge(
-    stack: Stack, method: str, weights: Sequence[float] | None = None, **settings: object
+    stack: Stack,
+    method: str,
+    weights: Sequence[float] | None = None,
+    *,
+    given: Sequence[Tensor] | None = None,
+    cut: Cut | None = None,
+    **settings: object,
 ) -> Merged:
-    """Apply a method by its name; every expert has a say of 1 if nothing else is said."""
+    """Apply a method by its name; every expert has a say of 1 if nothing else is said.
+
+    Args:
+        stack: of task vectors.
+        method: its name.
+        weights: of the experts.
+        given: what the experts' curvature files hold for the one matrix of the stack.
+        cut: pieces that the plan would ask for.
+        settings: of the method.
+    """
     found = find(method)
     batch, count = stack.dense().shape[:2]
     say = torch.tensor([weights or [1.0] * count] * batch, dtype=torch.float64)
-    return found.merge(stack, found.settings.parse(settings), Call(say))
+    curvature = None if given is None else torch.stack(list(given)).unsqueeze(0)
+    call = Call(say, curvature=curvature, cut=cut)
+    return found.merge(stack, found.settings.parse(settings), call)
 
 
 def update(merged: Merged) -> Tensor:
