@@ -4,8 +4,8 @@ Majorise-minimise: weights from M, then M from weights. Each step minimises a qu
 the energy from above, so the energy never rises; the recorded energies are the certificate.
 
 The step is a map of log weights to log weights, which Anderson mixing accelerates. A mixed step
-that would raise the energy is thrown away, and a plain one follows; so the promise stands. Far from
-a mode steps are plain: where there are several modes, a mixed one may leap to another, and a worse.
+that would raise the energy is thrown away, and a plain one follows; so the promise stands. So is
+one that leaps far from the plain step: where there are several modes, it may end in another.
 """
 
 import math
@@ -18,7 +18,7 @@ from poemerge import linalg
 from poemerge.poe.anderson import Anderson
 from poemerge.poe.experts import Form, Tail
 
-NEAR = 0.03  # log weights that move by no more are near a mode, and their steps are mixed
+LEAP = 0.3  # in log weights, from where a plain step goes; a mixed one goes no farther
 SUM_ROUNDING = 8 * torch.finfo(torch.float64).eps  # of an energy, through its own sum
 LOOK_EVERY = {"cuda": 4}  # steps between two looks at whether all is settled; each look waits
 
@@ -120,7 +120,7 @@ def _look(form: Form, tail: Tail, merged: Tensor, used: Tensor, ridge: Tensor) -
         asked,
         energy,
         noise=torch.where(weights > 0, asked - shaken, 0.0).clamp_min(0),
-        slack=0.5 * (weights * rounding).sum(dim=-1) + SUM_ROUNDING * energy.abs(),
+        slack=2 * (weights * rounding).sum(dim=-1) + SUM_ROUNDING * energy.abs(),
     )
 
 
@@ -154,7 +154,7 @@ def _propose(state: _State, mixer: Anderson | None, better: Tensor) -> tuple[Ten
     if mixer is None:
         return state.asked, torch.ones_like(better)
     mixed, plain = mixer.next(state.used, state.asked, better)
-    far = (state.asked - state.used).abs().amax(dim=-1) > NEAR
+    far = (mixed - state.asked).abs().amax(dim=-1) > LEAP
     return torch.where(far.unsqueeze(-1), state.asked, mixed), plain | far
 
 

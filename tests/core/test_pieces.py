@@ -195,12 +195,10 @@ class TestCheckpoints:
         base, *full = (load_file(p / FILE)[name] for p in (zoo.base(), *map(zoo.full, (1, 2, 3))))
         return base, DenseStack(torch.stack([weight - base for weight in full]).unsqueeze(0))
 
-    @pytest.mark.parametrize("precision", ["gram", "identity"])
     @pytest.mark.parametrize("side", ["output", "input"])
-    def test_heads(self, zoo: Zoo, tmp_path: Path, side: str, precision: str) -> None:
-        settings = {"side": side, "precision": precision}
+    def test_heads(self, zoo: Zoo, tmp_path: Path, side: str) -> None:
         report = self.merge(
-            zoo.base(), tmp_path / "out", self.experts(zoo), granularity="head", **settings
+            zoo.base(), tmp_path / "out", self.experts(zoo), granularity="head", side=side
         )
         pieces = {t.name: t.certificate["pieces"] for t in report.tensors if t.certificate}
         expected = {"q": ("rows", 4), "k": ("rows", 2), "v": ("rows", 2), "o": ("columns", 4)}
@@ -214,7 +212,7 @@ class TestCheckpoints:
             assert count == heads
             base, stack = self.stack(zoo, name)
             cut = Cut(axis, (self.HEAD,) * heads)
-            solved = update(merge(stack, "cauchy_poe", epsilon=0.5, cut=cut, **settings))
+            solved = update(merge(stack, "cauchy_poe", epsilon=0.5, cut=cut, side=side))
             assert_close(merged[name] - base, solved.float(), 1e-4)
         assert sum(count > 1 for count in pieces.values()) == 8
 
@@ -236,17 +234,24 @@ class TestCheckpoints:
         whole = update(merge(stack, "cauchy_poe", epsilon=0.5))
         assert_close(merged[other] - base, whole.float(), 1e-4)
 
-    @pytest.mark.parametrize("precision", ["gram", "identity"])
-    def test_fused_sizes_that_do_not_add_up(self, zoo: Zoo, tmp_path: Path, precision: str) -> None:
+    def test_fused_sizes_that_do_not_add_up(self, zoo: Zoo, tmp_path: Path) -> None:
         pattern = (
             r"fused gives model.layers.0.mlp.up_proj.weight 40 \+ 16 rows, but it has 64; give"
         )
         fused = {"*.up_proj.weight": [40, 16]}
         with pytest.raises(SettingError, match=pattern):
-            self.merge(
-                zoo.base(), tmp_path / "o", self.experts(zoo), fused=fused, precision=precision
-            )
+            self.merge(zoo.base(), tmp_path / "o", self.experts(zoo), fused=fused)
         assert not any(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("precision", ["identity", "diagonal"])
+    @pytest.mark.parametrize(
+        "pieces", [{"granularity": "head"}, {"fused": {"*.up_proj.weight": [32, 32]}}]
+    )
+    def test_pieces_by_name_of_what_is_no_matrix(
+        self, zoo: Zoo, tmp_path: Path, precision: str, pieces: dict[str, object]
+    ) -> None:
+        with pytest.raises(SettingError, match=f"no meaning with precision {precision}"):
+            self.merge(zoo.base(), tmp_path / "o", self.experts(zoo), precision=precision, **pieces)
 
     @pytest.mark.parametrize(
         "value", [{"*": [64]}, {"*": 64}, {"*": [32, 0]}, ["*"], {"*": [1.5, 2]}]
