@@ -39,6 +39,10 @@ class Loaded:
     prepared: Tensor | None = None
     ready: torch.cuda.Event | None = None
 
+    def release(self) -> None:
+        """Let go of all memory."""
+        self.base, self.stack, self.curvature = (), None, None
+
     def wait(self) -> None:
         """Let what follows on the current stream of a GPU wait for the copies."""
         if self.ready is not None:

@@ -12,23 +12,34 @@ Loaded = TypeVar("Loaded")
 BEHIND = 2  # writes that may wait; more would be memory without use
 
 
-def ahead(load: Callable[[Item], Loaded], items: Iterable[Item]) -> Iterator[tuple[Item, Loaded]]:
-    """(item, load(item)) in order; the next is loaded in a thread while this one is in use."""
+def ahead(
+    load: Callable[[Item], Loaded], items: Iterable[Item], *, eager: Callable[[Item], bool]
+) -> Iterator[tuple[Item, Loaded]]:
+    """(item, load(item)) in order; the next is loaded in a thread while this one is in use.
+
+    Args:
+        load: called in the thread.
+        items: what to load.
+        eager: False for an item that is to be loaded only when its turn comes.
+    """
 
     def work(item: Item) -> Loaded:
         with torch.inference_mode():  # which holds for one thread only
             return load(item)
 
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        waiting: deque[tuple[Item, Future[Loaded]]] = deque()
+        waiting: deque[tuple[Item, Future[Loaded] | None]] = deque()
+
+        def take() -> tuple[Item, Loaded]:
+            item, future = waiting.popleft()
+            return item, (future or pool.submit(work, item)).result()
+
         for item in items:
-            waiting.append((item, pool.submit(work, item)))
+            waiting.append((item, pool.submit(work, item) if eager(item) else None))
             if len(waiting) > 1:
-                first, future = waiting.popleft()
-                yield first, future.result()
-                del future
-        for item, future in waiting:
-            yield item, future.result()
+                yield take()
+        while waiting:
+            yield take()
 
 
 class Behind:

@@ -96,12 +96,15 @@ class Walk:
     def _write_shards(self, folder: Path) -> None:
         with Shards(folder, self.plan, self.choices.stored) as shards:
             for batch, loaded in self._batches():
-                row = batch.rows[0] if batch.rows else 0
-                for info, tensor in zip(batch.tensors, self._merged(batch, loaded), strict=True):
-                    shards.write(info, tensor, row)
+                self._write_batch(shards, batch, loaded)
         for group in self.plan.groups:
             for info in group.tensors if group.rule == TIED else ():
                 self.ledger.note(group, info.name, info.dtype)
+
+    def _write_batch(self, shards: Shards, batch: Batch, loaded: Loaded) -> None:
+        row = batch.rows[0] if batch.rows else 0
+        for info, tensor in zip(batch.tensors, self._merged(batch, loaded), strict=True):
+            shards.write(info, tensor, row)
 
     def _merged(self, batch: Batch, loaded: Loaded) -> Sequence[torch.Tensor]:
         """The merged weights of a batch, in fp32; what is copied stays as it is."""
@@ -134,10 +137,15 @@ class Walk:
             for group in sorted(groups, key=lambda group: group.file)
             for batch in group.batches(self.limit, local=local)
         )
-        for batch, loaded in ahead(loader.load, batches):
+        for batch, loaded in ahead(loader.load, batches, eager=self._is_small):
             loaded.wait()
             yield batch, loaded
+            loaded.release()
             self.progress(len(self.ledger.tensors), len(self.plan.base.tensors))
+
+    def _is_small(self, batch: Batch) -> bool:
+        """False for what is larger than a batch should be: two of those would be too much."""
+        return len(batch.tensors) * batch.as_group.loaded_bytes <= self.limit
 
     def _solve(self, batch: Batch, loaded: Loaded) -> Update:
         """The update of a batch, `strength` included, (B, *shape); noted in the ledger."""
