@@ -54,24 +54,25 @@ def fit(
 
 def peak_bytes(groups: Sequence[Group], method: Method, settings: Settings, limit: int) -> int:
     """Estimate of the largest resident memory of the whole process."""
-    largest = 0
+    every = sum(len(group.tensors) * group.loaded_bytes for group in groups)
+    largest, ahead = 0, min(limit, every)
     for group in groups:
         if group.rule == TIED:
             continue
         for batch in group.batches(limit, local=method.local):
-            largest = max(largest, _batch_peak(batch, method, settings, limit))
+            largest = max(largest, _batch_peak(batch, method, settings, ahead))
             break  # the first batch of a group is the largest
     return OVERHEAD + largest
 
 
-def _batch_peak(batch: Batch, method: Method, settings: Settings, limit: int) -> int:
+def _batch_peak(batch: Batch, method: Method, settings: Settings, ahead: int) -> int:
     """This batch in use, the next read ahead if it is small, the last written behind."""
     part, count = batch.as_group, len(batch.tensors)
     raw = max(info.dtype.itemsize for info in batch.tensors) * part.size
     written = (BEHIND + 1) * (4 * part.size + raw)
     if part.rule == COPY:
         return count * 2 * raw + written
-    loaded = count * part.loaded_bytes + limit + raw
+    loaded = count * part.loaded_bytes + ahead + raw
     if batch.rows is not None and method.prepare is not None:
         whole = batch.group.size // max(1, part.size)
         loaded += 4 * batch.group.size + 2 * whole * raw
