@@ -142,7 +142,7 @@ class DenseStack:
         return Dense(torch.einsum("be...,be->b...", self.deltas, weights.to(self.deltas)))
 
     def reduced(self, rows: bool, columns: bool) -> tuple[Tensor, Lift]:  # noqa: ARG002
-        """The updates in their joint column space (B, E, K, I), in fp64, if `rows` and it is smaller.
+        """The updates in their joint column space (B, E, K, I), in fp64, if smaller and `rows`.
 
         K = E · I < O: an orthonormal form of Woodbury's identity. Their rows are left alone: a
         basis of them costs more than it saves.

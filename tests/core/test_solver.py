@@ -33,7 +33,7 @@ def halved(experts: list[Pair]) -> DenseStack:
 
 @pytest.mark.usefixtures("large")
 class TestSinglePrecision:
-    @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16), (1, 9), (9, 1)])
+    @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16), (3, 9), (9, 3)])
     @pytest.mark.parametrize("side", ["output", "input"])
     @pytest.mark.parametrize("tail", TAILS)
     def test_agrees_with_double(self, shape: tuple[int, int], side: str, tail: str) -> None:
