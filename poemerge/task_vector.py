@@ -142,7 +142,7 @@ class DenseStack:
         return Dense(torch.einsum("be...,be->b...", self.deltas, weights.to(self.deltas)))
 
     def reduced(self, rows: bool, columns: bool) -> tuple[Tensor, Lift]:  # noqa: ARG002
-        """The updates in their joint column space (B, E, K, I), in fp64, if smaller and `rows`.
+        """The updates in their joint column space (B, E, K, I) where that is smaller, if `rows`.
 
         K = E · I < O: an orthonormal form of Woodbury's identity. Their rows are left alone: a
         basis of them costs more than it saves.
@@ -150,7 +150,7 @@ class DenseStack:
         experts, tall, wide = self.deltas.shape[1:]
         if not rows or experts * wide >= tall:
             return self.deltas, Dense
-        basis, parts = joint_basis(self.deltas.double().unbind(dim=1))
+        basis, parts = joint_basis(self.deltas.unbind(dim=1))
         return torch.stack(parts, dim=1), lambda inner: Dense(basis.to(inner) @ inner)
 
 

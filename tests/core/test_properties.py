@@ -21,6 +21,8 @@ SETTLED = {"max_steps": 500, "rtol": 1e-9}
 STATIONARY = 1e-6  # ||H M - b|| / ||b||, of weights that are off by `rtol` or by rounding
 SAME = 1e-5  # distance of two solves of one mode; near a saddle the weights barely hold it
 
+COARSE = 1e-3  # where fp32 is on the way, at the conditions that occur here
+
 
 def sheet(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -163,9 +165,11 @@ def test_stored_dtypes_are_solved_alike(case: dict) -> None:
     case = case | {"experts": single}
     small = solve(DenseStack, case)
     exact = solve(lambda deltas: DenseStack(deltas.double()), case)
-    entrywise = case["precision"] in {"identity", "diagonal"}
-    assert entrywise or update(small).dtype == torch.float64
-    assert_close(update(small).double(), update(exact), 1e-3 if entrywise else SAME)
+    experts, (rows, columns) = len(case["say"]), single.shape[-2:]
+    is_reduced = experts * min(rows, columns) < max(rows, columns)  # by a basis that is in fp32
+    is_coarse = is_reduced or case["precision"] in {"identity", "diagonal"}
+    assert is_coarse or update(small).dtype == torch.float64
+    assert_close(update(small).double(), update(exact), COARSE if is_coarse else SAME)
 
 
 def test_kinds_are_what_they_say() -> None:
