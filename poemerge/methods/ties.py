@@ -36,7 +36,7 @@ def threshold(update: Tensor, settings: TiesSettings) -> Tensor:
     if magnitudes.is_cuda:
         return magnitudes.sort().values[rest].clone()  # kthvalue takes one block of the card
     magnitudes.numpy().partition(rest)  # ten times faster than kthvalue, where SIMD helps
-    return magnitudes[rest]
+    return magnitudes[rest].clone()  # the update may be filled anew
 
 
 @register(
