@@ -171,6 +171,34 @@ class TestLowRank(Laws):
         assert merged.rank <= min(sum(up.shape[1] for up, _ in experts), rows, columns)
 
 
+class OnGpu:
+    """The same laws with the stack, and all that follows from it, on a GPU."""
+
+    def solve(
+        self, experts: list[Pair], tail: Tail, weights: tuple[float, ...] = (), **settings: object
+    ) -> Tensor:
+        method, fixed = tail
+        stack = self.twin(experts).to(torch.device("cuda"))
+        merged = update(merge(stack, method, weights, **fixed | settings))
+        assert merged.is_cuda
+        return merged.cpu()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_gpu
+@pytest.mark.gpu
+class TestDenseOnGpu(OnGpu, Laws):
+    twin = staticmethod(dense)
+
+
+@needs_gpu
+@pytest.mark.gpu
+class TestLowRankOnGpu(OnGpu, Laws):
+    twin = staticmethod(factors)
+
+
 def test_the_paper_scale_is_not_equivariant() -> None:
     """Why `equivariant` is the default: small updates make the paper's Cauchy a Gaussian."""
     experts = [pair(12, 3, 7, seed) for seed in range(3)]
