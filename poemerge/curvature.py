@@ -76,6 +76,8 @@ class Curvature:
         given = files.read(info.name).float()
         where = f"the curvature in {files.folder / files.tensors[info.name].file}"
         check_finite(given, info.name, where)
+        if self._square and not torch.allclose(given, given.mT, rtol=1e-3, atol=1e-6):
+            raise CheckpointError(f"{info.name} of {where} is not symmetric; compute Xᵀ X again.")
         diagonal = given.diagonal() if self._square else given
         if bool((diagonal < 0).any()):
             raise CheckpointError(f"{info.name} of {where} has negative entries; compute it again.")

@@ -74,9 +74,14 @@ class Product:
     def scales(self) -> list[float]:
         """γ_i²."""
         if self.scale == "paper":
-            return [self.epsilon * float(a.square().sum()) for a in self.updates]
-        unit = likeliest(self.relative, self.degrees) if self.scale == "estimated" else 1.0
-        return [self.epsilon * unit * size for size in self.sizes]
+            sizes = [float(a.square().sum()) for a in self.updates]
+        else:
+            unit = likeliest(self.relative, self.degrees) if self.scale == "estimated" else 1.0
+            sizes = [unit * size for size in self.sizes]
+        known = [size for w, size in zip(self.says, sizes, strict=True) if w and size]
+        usual = sum(known) / len(known) if known else 1.0  # of one that wants no change
+        each = zip(self.says, sizes, strict=True)
+        return [self.epsilon * (size if w and size else usual) for w, size in each]
 
     def energies(self, merged: Tensor) -> list[float]:
         """E_i(M)."""

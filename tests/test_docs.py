@@ -98,7 +98,8 @@ for side in ("input", "output"):
         for epsilon in (0.01, 0.1, 1.0):
             settings = {"side": side, "scale": scale, "epsilon": epsilon}
             (found,) = merge("geman_mcclure_poe", deltas, **settings).certificates
-            assert all(after <= before + 1e-12 for before, after in pairwise(found["energies"]))
+            rounding = 1e-12 + 10 * found["noise"]
+            assert all(after <= before + rounding for before, after in pairwise(found["energies"]))
             assert found["converged"] and found["residual"] < 1e-5, (settings, found)
 wide = merge("geman_mcclure_poe", deltas, epsilon=1e9).update.dense()
 torch.testing.assert_close(wide, merge("cauchy_poe", deltas, epsilon=1e9).update.dense())

@@ -1,6 +1,8 @@
 """What a planned merge holds in memory at its peak, and batches that keep a budget."""
 
+import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -65,6 +67,12 @@ def peak_bytes(groups: Sequence[Group], method: Method, settings: Settings, limi
     return OVERHEAD + largest
 
 
+def give_back() -> None:
+    """Return what is free to the system: the C library would keep it, and count it as resident."""
+    with suppress(OSError, AttributeError):  # another C library has other ways
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _batch_peak(batch: Batch, method: Method, settings: Settings, ahead: int) -> int:
     """This batch in use, the next read ahead if it is small, the last written behind."""
     part, count = batch.as_group, len(batch.tensors)
@@ -102,7 +110,7 @@ def _product_bytes(group: Group, count: int, settings: Settings) -> int:
         return count * (factors + 8 * (4 * experts + 8) * min(rank, rows) * min(rank, columns))
 
     def solved(word: int) -> int:
-        work = (experts + 5) * group.size + (experts + 4) * rows * rows
+        work = (experts + 5) * group.size + (experts + 4 * _pieces(group, settings)) * rows * rows
         return word * work
 
     exact = solved(8) + 8 * experts * group.size
@@ -111,3 +119,12 @@ def _product_bytes(group: Group, count: int, settings: Settings) -> int:
     relative = getattr(settings, "ridge_mode", "") == "relative"
     is_safe = relative and getattr(settings, "ridge", 0.0) >= SAFE_RIDGE
     return count * solved(4) if is_safe else max(count * solved(4), exact)
+
+
+def _pieces(group: Group, settings: Settings) -> int:
+    """Systems that are held at once for a matrix: one for each piece."""
+    if group.cut is not None:
+        return len(group.cut.sizes)
+    if getattr(settings, "granularity", "") == "rows" and group.rule == MATRIX:
+        return -(-group.shape[0] // getattr(settings, "block_rows", 1))
+    return 1

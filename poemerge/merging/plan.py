@@ -3,9 +3,10 @@
 `poemerge check` prints it, `merge.py` executes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -164,8 +165,14 @@ class _Planner:
 
     def notes(self, groups: tuple[Group, ...]) -> tuple[str, ...]:
         """What the settings ask for and the tensors do not allow."""
+        names = [info.name for group in groups for info in group.tensors]
+        notes = [
+            f"The pattern {pattern!r} in {setting} fits no tensor; use names of the base's tensors."
+            for setting, pattern in _patterns(self.settings)
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
         if not self.curvature.needed:
-            return ()
+            return tuple(notes)
         solved = {FORMULA, MATRIX, VOCABULARY}
         if not any(group.rule in solved for group in groups):
             raise SettingError(
@@ -173,7 +180,16 @@ class _Planner:
                 "names are the base's."
             )
         rest = [t.name for g in groups if g.rule == AVERAGE for t in g.tensors]
-        return (f"No curvature is given for {_list(rest)}; averaged.",) if rest else ()
+        notes += [f"No curvature is given for {_list(rest)}; averaged."] if rest else []
+        return tuple(notes)
+
+
+def _patterns(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(setting, name pattern) of all patterns that were given."""
+    for expert, say in settings.weights.items():
+        if isinstance(say, Mapping):
+            yield from ((f"weights of {expert!r}", pattern) for pattern in say)
+    yield from (("fused", pattern) for pattern in getattr(settings, "fused", {}))
 
 
 def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -> tuple[str, ...]:

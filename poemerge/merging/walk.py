@@ -1,7 +1,8 @@
 """The walk over tensors: read, subtract, merge, add, write."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from poemerge.merging.apply import Applier
 from poemerge.merging.groups import Batch
 from poemerge.merging.ledger import Ledger
 from poemerge.merging.loader import Loaded, Loader
+from poemerge.merging.memory import give_back
 from poemerge.merging.plan import Plan
 from poemerge.merging.shards import Shards
 from poemerge.merging.stream import ahead
@@ -94,8 +96,9 @@ class Walk:
         return report
 
     def _write_shards(self, folder: Path) -> None:
-        with Shards(folder, self.plan, self.choices.stored) as shards:
-            for batch, loaded in self._batches():
+        shards = Shards(folder, self.plan, self.choices.stored)
+        with shards, closing(self._batches()) as batches:
+            for batch, loaded in batches:
                 self._write_batch(shards, batch, loaded)
         for group in self.plan.groups:
             for info in group.tensors if group.rule == TIED else ():
@@ -117,16 +120,17 @@ class Walk:
 
     def _write_adapter(self, folder: Path) -> None:
         factors: dict[str, LowRank] = {}
-        for batch, loaded in self._batches():
-            update = self._solve(batch, loaded)
-            assert isinstance(update, LowRank)
-            factors |= {info.name: update.part(i) for i, info in enumerate(batch.tensors)}
+        with closing(self._batches()) as batches:
+            for batch, loaded in batches:
+                update = self._solve(batch, loaded)
+                assert isinstance(update, LowRank)
+                factors |= {info.name: update.part(i) for i, info in enumerate(batch.tensors)}
         base_model = self.plan.base.config.get("_name_or_path") or self.plan.base.folder.name
         adapters = [e.adapter for e in self.plan.experts if isinstance(e, AdapterExpert)]
         dtype = STORED.get(self.choices.dtype, torch.float32)
         write_adapter(folder, factors, adapters, dtype, str(base_model))
 
-    def _batches(self) -> Iterator[tuple[Batch, Loaded]]:
+    def _batches(self) -> Generator[tuple[Batch, Loaded], None, None]:
         """All batches, file by file, each loaded while the one before is solved."""
         adapter = self.choices.output == "adapter"
         loader = Loader(self.plan, self.choices.device, with_base=not adapter)
@@ -141,6 +145,8 @@ class Walk:
             loaded.wait()
             yield batch, loaded
             loaded.release()
+            if not self._is_small(batch):
+                give_back()
             self.progress(len(self.ledger.tensors), len(self.plan.base.tensors))
 
     def _is_small(self, batch: Batch) -> bool:

@@ -60,7 +60,7 @@ def student_t_poe(stack: Stack, settings: StudentSettings, call: Call) -> Merged
 
     def tail_of(form: Form, trust: Tensor, measure: Measure) -> StudentT:
         if settings.nu == ESTIMATED:
-            degrees = degrees_of_freedom(measure(), trust)
+            degrees = degrees_of_freedom(measure(), trust * (form.origins > 0))
         else:
             degrees = torch.full_like(trust[:, 0], float(settings.nu))
         scale = scales(

@@ -36,6 +36,13 @@ class Entrywise:
             dimension=dimension,
         )
 
+    @property
+    def speaks(self) -> Tensor:
+        """True (B, E) where P_i is not zero."""
+        if self.precisions is None:
+            return torch.ones_like(self.norms, dtype=torch.bool)
+        return self.precisions.amax(dim=(-2, -1)) > 0
+
     def residuals(self, merged: Tensor) -> tuple[Tensor, Tensor]:
         """q_i(M) and the size of its terms, (B, E) each, for M (B, O, I)."""
         if self.precisions is None:

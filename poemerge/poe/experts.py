@@ -43,6 +43,10 @@ class Form(Protocol):
     def origins(self) -> Tensor:
         """q_i(0) (B, E), fp64."""
 
+    @property
+    def speaks(self) -> Tensor:
+        """True (B, E) where an expert has a say: its P_i is not zero."""
+
     def residuals(self, merged: Tensor) -> tuple[Tensor, Tensor]:
         """q_i(M) and the size of its terms, (B, E) each, for M (B, O, I)."""
 

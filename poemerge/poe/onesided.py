@@ -66,6 +66,11 @@ class OneSided:
         )
 
     @property
+    def speaks(self) -> Tensor:
+        """True (B·N, E) where P_i is not zero: the others decide the rest alone."""
+        return (self.traces > 0).repeat_interleave(self.pieces, dim=0)
+
+    @property
     def pieces(self) -> int:
         """Pieces N per matrix."""
         return self.targets.shape[0] // self.precisions.shape[0]

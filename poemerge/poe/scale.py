@@ -32,7 +32,7 @@ def scales(
 
     Args:
         form: the experts' residual forms.
-        trust: w (B, E); experts without a say get 1.
+        trust: w (B, E).
         measure: gives u (B, E) when it is needed.
         scale: `paper`: ε ||A||²; `equivariant`: ε q(0), which is ε ||A Aᵀ||² for grams;
             `estimated`: ε ŝ q(0), ŝ of a Student-t with `nu` degrees of freedom.
@@ -44,9 +44,15 @@ def scales(
     elif scale == "equivariant":
         size = form.origins
     else:
-        estimate, _ = likeliest(measure(), trust, torch.zeros_like(trust[:, 0]) + nu)
+        counted = trust * (form.origins > 0)
+        estimate, _ = likeliest(measure(), counted, torch.zeros_like(trust[:, 0]) + nu)
         size = form.origins * estimate.unsqueeze(-1)
-    return torch.where((trust > 0) & (size > 0), epsilon * size, torch.ones_like(size))
+    # An expert that wants no change has no size of its own: it gets the others'.
+    known = (trust > 0) & (size > 0)
+    count = known.sum(dim=-1, keepdim=True)
+    usual = (size * known).sum(dim=-1, keepdim=True) / count.clamp_min(1)
+    usual = torch.where(count > 0, usual, 1.0)
+    return epsilon * torch.where(known, size, usual)
 
 
 def degrees_of_freedom(u: Tensor, trust: Tensor) -> Tensor:

@@ -94,9 +94,9 @@ def _attempt(energy: Energy, problem: Problem) -> tuple[Tensor, list[Certificate
         problem.deltas, problem.curvature, problem.dimension, pieces
     )
     weights = problem.weights.to(form.norms).repeat_interleave(pieces, dim=0)
-    trust = weights * (form.norms > 0)
+    trust = weights * form.speaks
     if settings.balance == "norm":
-        trust = torch.where(trust > 0, trust / form.norms, 0.0)
+        trust = torch.where(form.norms > 0, trust / form.norms, 0.0)
     tail = energy.tail_of(form, trust, lambda: _relative_residuals(form, trust))
     start, ridge = _start_and_ridge(form, tail, settings)
     mode = solve(form, tail, start, ridge, energy.stop)
@@ -124,7 +124,7 @@ def _start_and_ridge(form: Form, tail: Tail, settings: ProductSettings) -> tuple
 def _relative_residuals(form: Form, trust: Tensor) -> Tensor:
     """q_i / q_i(0) (B, E) at the Gaussian mode to which every expert brings the same precision."""
     size = torch.where(form.origins > 0, form.origins, 1.0)
-    weights = trust / size
+    weights = trust * (form.origins > 0) / size
     ridge = PROBE_RIDGE * form.mean_diagonal(weights)
     merged, _ = form.mode(weights, torch.where(ridge > 0, ridge, 1.0))
     return form.residuals(merged)[0] / size

@@ -265,3 +265,17 @@ class TestFiles:
         row, own = (load_file(tmp_path / n / "model.safetensors") for n in ("row", "own"))
         for name, weight in own.items():
             assert_close(row[name], weight, 1e-6)
+
+
+@pytest.mark.parametrize("preset", ["average", "regmean", "fisher"])
+def test_wanting_no_change_is_a_vote(preset: str) -> None:
+    """An expert that leaves a matrix alone pulls towards 0 where its precision is not zero."""
+    change = pair(5, 2, 4, seed=0)
+    idle = (torch.zeros(5, 2, dtype=torch.float64), change[1])
+    given = {
+        "average": None,
+        "regmean": [torch.eye(4, dtype=torch.float64)] * 2,
+        "fisher": [torch.ones(5, 4, dtype=torch.float64)] * 2,
+    }[preset]
+    merged = merge(dense([change, idle]), "gaussian_poe", preset=preset, given=given)
+    assert_close(update(merged), products([change])[0] / 2)

@@ -75,9 +75,11 @@ def solve(twin, case: dict, **changes: object) -> object:  # noqa: ANN001
 
 
 def expected(case: dict) -> Product:
-    """The same by the reference, in which an expert that changes nothing has no say."""
+    """The same by the reference, in which an expert whose precision is zero has no say."""
     updates = products(case["experts"])
-    say = [w * bool(a.any()) for w, a in zip(case["say"], updates, strict=True)]
+    shown = {"gram": updates, "identity": [torch.ones(1)] * len(updates)}
+    shown = shown.get(case["precision"], case["given"])
+    say = [w * bool(p.any()) for w, p in zip(case["say"], shown, strict=True)]
     own = (case["precision"], case["side"], case["given"])
     return product(updates, say, *own, tail=case["tail"], **case["options"])
 
