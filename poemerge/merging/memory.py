@@ -17,7 +17,7 @@ from poemerge.settings import Settings
 OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
 LIMITS = {"cpu": 32 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
 SHARE = 16  # of a GPU's memory that one loaded batch takes at most; solving it takes the rest
-SLICE = 8 << 20  # likewise of rows that are merged apart, on a CPU: they stay in its caches
+SLICE = 16 << 20  # likewise of rows that are merged apart, on a CPU: they stay in its caches
 SMALLEST = 1 << 20  # of a batch, however tight the budget
 SAFE_RIDGE = 1e-3  # relative; above it fp32 suffices, so that no matrix is solved twice
 ELEMENTWISE_COPIES = 3  # of the updates, by a method that says nothing better of itself
