@@ -27,7 +27,7 @@ def ahead(
         with torch.inference_mode():  # which holds for one thread only
             return load(item)
 
-    with ThreadPoolExecutor(1, "read-ahead", _share_cores) as pool:
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
         waiting: deque[tuple[Item, Future[Loaded] | None]] = deque()
 
         def take() -> tuple[Item, Loaded]:
@@ -42,11 +42,6 @@ def ahead(
             yield take()
 
 
-def _share_cores() -> None:
-    """Half of the cores for what a thread does beside the others: with all, they wait in turn."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-
-
 class Behind:
     """Calls made in a thread, in order, a few at most waiting; use as a context.
 
@@ -54,7 +49,7 @@ class Behind:
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "write-behind", _share_cores)
+        self._pool = ThreadPoolExecutor(1, "write-behind")
         self._waiting: deque[Future[Any]] = deque()
 
     def call(self, work: Callable[..., Any], *arguments: Any) -> None:
