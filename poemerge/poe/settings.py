@@ -130,7 +130,7 @@ class HeavySettings(ProductSettings):
     )
     max_steps: int = setting(100, "reweighting steps at most", low=1)
     rtol: float = setting(
-        1e-6,
+        1e-5,
         "the loop ends when no expert's weight would change by more than this part (or than "
         "rounding)",
         low=0.0,
