@@ -477,9 +477,11 @@ class TestSettings:
             assert_close(weight - base[name], update, 1e-4)
 
     def test_an_expert_of_weight_zero_has_no_say(self, zoo: Zoo, tmp_path: Path) -> None:
-        for method in METHODS:
-            merge(zoo, tmp_path / method, method, weights={"e3": 0.0})
-            merge(zoo, tmp_path / f"{method}-two", method, 1, 2)
+        for method, entry in METHODS.items():
+            names = {name for name, _, _ in entry.settings.describe()}
+            exact = {"rtol": 1e-9} if "rtol" in names else {}  # the loop is left elsewhere else
+            merge(zoo, tmp_path / method, method, weights={"e3": 0.0}, **exact)
+            merge(zoo, tmp_path / f"{method}-two", method, 1, 2, **exact)
             two = weights(tmp_path / f"{method}-two")
             for name, weight in weights(tmp_path / method).items():
                 assert_close(weight, two[name])
