@@ -169,7 +169,10 @@ def show_methods(methods: Mapping[str, "Method"]) -> None:
     """Every method: what it does, its settings with defaults and meanings, its source."""
     for method in methods.values():
         console.print(f"[bold]{method.name}[/]  {method.summary}")
-        console.print(f"  [dim]{method.source}; needs no data[/]")
+        names = [name for name, *_ in method.settings.describe()]
+        needs = "needs data for precision diagonal and activation alone"
+        needs = needs if "curvature" in names else "needs no data"
+        console.print(f"  [dim]{method.source}; {needs}[/]")
         table = Table(box=None, show_header=False, padding=(0, 2))
         for name, default, meaning in method.settings.describe():
             table.add_row(f"[cyan]{name}[/]", json.dumps(default), meaning)
