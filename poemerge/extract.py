@@ -1,6 +1,6 @@
 """The public entry: the best low-rank adapter of a full fine-tune, with its lineage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from poemerge.extracting.rules import Policy
 from poemerge.extracting.walk import Extraction
 from poemerge.lineage import Lineage, Source, core_code
 from poemerge.outfolder import check_out
+from poemerge.progress import Progress, silent
 from poemerge.truncate import check_choice
 
 
@@ -32,7 +33,7 @@ def extract_adapter(
     dtype: str = "float32",
     device: str = "auto",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ExtractReport:
     """Make the best PEFT adapter of rank `rank` of a full fine-tune.
 
@@ -78,7 +79,7 @@ def extract_adapter(
             "extract", params, inputs, device=describe_device(chosen), code=core_code()
         )
         with new_folder(out) as folder, torch.inference_mode():
-            return work.run(folder, lineage, progress or _silent)
+            return work.run(folder, lineage, progress or silent)
 
 
 @contextmanager
@@ -97,7 +98,3 @@ def _check_sources(expert: Path, dtype: str) -> None:
         raise SettingError(
             f"{expert} is a PEFT adapter already; use it as it is, or give a full checkpoint."
         )
-
-
-def _silent(_done: int, _total: int) -> None:
-    """No progress is wanted."""

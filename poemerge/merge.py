@@ -1,6 +1,6 @@
 """The public entry: merge checkpoints into a folder, with its lineage."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,9 +20,8 @@ from poemerge.merging.walk import Choices, Walk
 from poemerge.methods import find
 from poemerge.names import unused_name
 from poemerge.outfolder import check_out
+from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
-
-Progress = Callable[[int, int], None]
 
 
 def merge_checkpoints(
@@ -73,7 +72,7 @@ def merge_checkpoints(
     params |= {"rank": rank, "memory": memory}
     with plan_merge(base, folders, method, settings) as plan, ThreadPoolExecutor(1) as pool:
         choices = Choices(pick_device(device), dtype, output, seed, rank, memory)
-        walk = Walk(plan, choices, progress or _silent)
+        walk = Walk(plan, choices, progress or silent)
         # Inputs are hashed while they are merged.
         lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
         with new_folder(out) as folder, torch.inference_mode():
@@ -132,7 +131,3 @@ def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> di
     for folder in map(Path, experts):
         named[unused_name(folder.resolve().name, named)] = folder
     return named
-
-
-def _silent(_done: int, _total: int) -> None:
-    """No progress is wanted."""

@@ -1,7 +1,7 @@
 """The walk of an extraction: read, subtract, truncate, write."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from poemerge.extracting.rules import (
 )
 from poemerge.layout import ADAPTER
 from poemerge.lineage import Lineage, Source
+from poemerge.progress import Progress
 from poemerge.rules import is_head, is_tied_head, is_vocabulary
 from poemerge.task_vector import LowRank, Update
 from poemerge.truncate import best_rank, relative_error
@@ -55,9 +56,7 @@ class Extraction:
     factors: dict[str, LowRank] = field(default_factory=dict)
     outcomes: dict[str, TensorOutcome] = field(default_factory=dict)
 
-    def run(
-        self, folder: Path, lineage: Lineage, progress: Callable[[int, int], None]
-    ) -> ExtractReport:
+    def run(self, folder: Path, lineage: Lineage, progress: Progress) -> ExtractReport:
         """Truncate every update, then write the adapter and what belongs beside it."""
         for name, info in self.base.tensors.items():
             self.outcomes[name] = self._visit(info)

@@ -23,6 +23,7 @@ from poemerge.merging.plan import Plan
 from poemerge.merging.shards import Shards
 from poemerge.merging.stream import ahead
 from poemerge.model_card import copy_side_files, write_card
+from poemerge.progress import Progress
 from poemerge.report import MergeReport, warn
 from poemerge.rules import COPY, TIED
 from poemerge.task_vector import Dense, LowRank, Update
@@ -68,7 +69,7 @@ class Walk:
         SettingError: the choices do not fit the plan.
     """
 
-    def __init__(self, plan: Plan, choices: Choices, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, plan: Plan, choices: Choices, progress: Progress) -> None:
         _check_choices(plan, choices)
         self.plan, self.choices, self.progress = plan, choices, progress
         self.limit = plan.limit(choices.device, choices.memory)

@@ -20,10 +20,9 @@ class Entrywise:
     precisions: Tensor | None  # P_i (B, E, O, I), None where all are 1
     norms: Tensor  # ||A_i||² (B, E), fp64
     origins: Tensor  # q_i(0) (B, E), fp64
-    dimension: int  # O of the whole tensors
 
     @classmethod
-    def of(cls, deltas: Tensor, precisions: Tensor | None, dimension: int, pieces: int = 1) -> Self:
+    def of(cls, deltas: Tensor, precisions: Tensor | None, _: int, pieces: int = 1) -> Self:
         """Forms of the updates A (B, E, O, I), whose pieces never share a precision."""
         assert pieces == 1
         given = None if precisions is None else precisions.to(deltas)
@@ -33,7 +32,6 @@ class Entrywise:
             precisions=given,
             norms=linalg.pairwise(deltas, deltas),
             origins=linalg.pairwise(deltas, targets),
-            dimension=dimension,
         )
 
     @property
@@ -46,7 +44,7 @@ class Entrywise:
     def residuals(self, merged: Tensor) -> tuple[Tensor, Tensor]:
         """q_i(M) and the size of its terms, (B, E) each, for M (B, O, I)."""
         if self.precisions is None:
-            quadratic = merged.square().sum(dim=(-2, -1), dtype=torch.float64).unsqueeze(-1)
+            quadratic = linalg.square_norm(merged.flatten(-2)).unsqueeze(-1)
         else:
             quadratic = linalg.inner(self.precisions, merged.square())
         cross = 2 * linalg.inner(self.targets, merged)

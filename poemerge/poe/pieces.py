@@ -92,8 +92,10 @@ def _curvature(
     given: Tensor | None, precision: Precision, axis: int, starts: list[int], size: int
 ) -> Tensor | None:
     """What belongs to the pieces: entries of a diagonal, blocks of a matrix along the cut axis."""
-    if given is None or (precision.matrices and axis == COLUMNS):
-        return None if given is None else torch.cat([given] * len(starts))
+    if given is None:
+        return None
+    if precision.matrices and axis == COLUMNS:
+        return torch.cat([given] * len(starts))
     parts = [given.narrow(axis, start, size) for start in starts]
     if precision.matrices:
         parts = [p.narrow(COLUMNS, s, size) for p, s in zip(parts, starts, strict=True)]
