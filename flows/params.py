@@ -63,6 +63,7 @@ class EvaluateParams(Section):
 
     include: str
     tasks: list[str] = Field(min_length=1)
+    experts: Literal["own", "all"]
     validation: str
     limit: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)

@@ -104,7 +104,7 @@ def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]
 
 
 def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
-    """The base and each expert (on its own task) on test; the merges on validation too."""
+    """The base and the experts on test; the merges on validation too."""
 
     def scoring(
         kind: str, candidate: str, weights: Path | None, tasks: list[str], splits: list[str]
@@ -117,7 +117,7 @@ def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Ca
             "out": str(places.evaluation(kind, candidate)),
             "tasks": tasks,
             "splits": splits,
-            **params.evaluate.model_dump(exclude={"tasks"}),
+            **params.evaluate.model_dump(exclude={"tasks", "experts"}),
         }
         return candidate, evaluate, arguments
 
@@ -125,7 +125,8 @@ def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Ca
     yield scoring("base", "base", None, every, ["test"])
     for name, folder in places.experts.items():
         if name in every:
-            yield scoring("expert", name, folder, [name], ["test"])
+            seen = every if params.evaluate.experts == "all" else [name]
+            yield scoring("expert", name, folder, seen, ["test"])
     for label in params.merge.methods:
         yield scoring("merge", label, places.merge(label), every, ["validation", "test"])
 

@@ -122,10 +122,11 @@ def _flat(evaluations: Mapping[Kind, Mapping[str, str]]) -> dict[tuple[Kind, str
 
 
 def _scores(key: tuple[Kind, str], folder: Path, tasks: Sequence[str]) -> Scores:
-    """What a candidate must have been scored on: an expert on its own task, a merge on both."""
+    """What a candidate was scored on: an expert on its own task, a merge on both splits."""
     kind, label = key
     splits = SPLITS if kind == "merge" else ("test",)
-    return read_scores(folder, [label] if kind == "expert" else tasks, splits)
+    needed = [label] if kind == "expert" else tasks
+    return read_scores(folder, needed, splits, maybe=tasks)
 
 
 def _unchanged(model: Path, evaluation: Path) -> Source:

@@ -7,11 +7,17 @@ from tasks.register.leaderboard import Leaderboard
 
 
 def heatmap(board: Leaderboard) -> Figure:
-    """Draw test scores in percent; the experts share a row, each in the column of its own task."""
+    """Draw test scores in percent.
+
+    The experts share a row, each in the column of its own task; one scored on all has its own too.
+    """
     own = {row.label: row.score(row.label) for row in board.of("expert")}
     lines = {row.label: [row.score(task) for task in board.tasks] for row in board.of("base")}
     if own:
         lines["expert of the task"] = [own.get(task) for task in board.tasks]
+    for row in board.of("expert"):
+        if "test" in row.mean:
+            lines[f"expert {row.label}"] = [row.score(task) for task in board.tasks]
     for row in board.of("merge"):
         label = f"{row.label} ★" if row == board.best else row.label
         lines[label] = [row.score(task) for task in board.tasks]

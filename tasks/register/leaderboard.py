@@ -167,8 +167,16 @@ def _row(
     return Row(label, kind, cells, mean, normalised)
 
 
-def read_scores(folder: Path, tasks: Iterable[str], splits: Sequence[str]) -> Scores:
-    """The scores in results.json: these tasks on these splits, all of which must be there.
+def read_scores(
+    folder: Path, tasks: Iterable[str], splits: Sequence[str], maybe: Iterable[str] = ()
+) -> Scores:
+    """The scores in results.json.
+
+    Args:
+        folder: of an evaluation.
+        tasks: must be there.
+        splits: of each task; must be there.
+        maybe: tasks that are taken too if they are there.
 
     Raises:
         SourceError: the file is missing, or a score is missing, or is no finite number.
@@ -176,6 +184,7 @@ def read_scores(folder: Path, tasks: Iterable[str], splits: Sequence[str]) -> Sc
     path = folder / RESULTS
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+        tasks = dict.fromkeys((*tasks, *(task for task in maybe if task in scores)))
         chosen = {task: {split: scores[task][split] for split in splits} for task in tasks}
         finite = [math.isfinite(cell["score"]) for by in chosen.values() for cell in by.values()]
     except (OSError, ValueError, KeyError, TypeError) as error:

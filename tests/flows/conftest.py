@@ -36,6 +36,7 @@ merge:
 evaluate:
   include: data/tasks
   tasks: [red, blue]
+  experts: own
   validation: validation
   limit: 6
   batch_size: 4

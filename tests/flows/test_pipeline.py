@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.pipeline import pipeline
 from poemerge.errors import CheckpointError, PoemergeError
 from poemerge.lineage import Lineage, hash_files
+from tasks.register.leaderboard import Leaderboard
 from tests.flows.conftest import TASKS, make_project
 
 METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe")
@@ -139,6 +140,13 @@ def test_overrides_leave_params_and_lock_alone(done: Path) -> None:
     assert "up to date" in dvc("status")
     assert Lineage.find(Path(outcome["merges"]["ties"])).params["settings"]["keep"] == 0.25
     assert pipeline(overrides=overrides)["made"] == []
+
+
+def test_experts_are_scored_on_all_tasks_where_that_is_asked(done: Path) -> None:
+    outcome = pipeline(overrides=["evaluate.experts=all"])
+    board = Leaderboard.read(Path(outcome["register"]) / "leaderboard.json")
+    assert all(set(row.scores) == {"red", "blue"} for row in board.of("expert"))
+    assert all(row.mean.keys() == {"test"} for row in board.of("expert"))
 
 
 def test_a_tampered_output_is_made_again(done: Path) -> None:

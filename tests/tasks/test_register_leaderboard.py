@@ -56,6 +56,18 @@ def test_an_expert_has_neither_mean_nor_normalised() -> None:
     assert all(not row.mean and not row.normalised for row in board().of("expert"))
 
 
+def test_an_expert_that_was_scored_on_all_tasks_has_both() -> None:
+    scores = {
+        ("expert", "odd"): cells((0.8, 0.2)),
+        ("expert", "even"): cells((None, 0.4)),
+        ("merge", "ties"): cells((0.8, 0.1), (0.8, 0.1)),
+    }
+    odd, even = leaderboard(scores, TASKS, "mean").of("expert")
+    assert odd.mean == {"test": 0.5}
+    assert odd.normalised == {"test": pytest.approx(0.75)}
+    assert not even.mean
+
+
 @pytest.mark.parametrize(("choose", "best"), [("mean", "ties"), ("normalised", "average")])
 def test_validation_chooses(choose: Choice, best: str) -> None:
     assert board(choose).best.label == best
