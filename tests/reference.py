@@ -163,7 +163,7 @@ def _trim(update: Tensor, keep: float) -> Tensor:
 
 def model_stock(experts: Experts, weights: Numbers) -> Tensor:
     """t · Σ p_i A_i with t = N cos θ / (1 + (N - 1) cos θ), N = 1 / Σ p_i² (Jang et al. 2024)."""
-    says = [(w, a) for w, a in zip(weights, experts, strict=True) if w and a.any()]
+    says = _speaking(experts, weights)
     if not says:
         return torch.zeros_like(experts[0])
     total = sum(w for w, _ in says)
@@ -176,16 +176,20 @@ def model_stock(experts: Experts, weights: Numbers) -> Tensor:
     return count * cosine / (1 + (count - 1) * cosine) * mean
 
 
+def _speaking(experts: Experts, weights: Numbers) -> list[tuple[float, Tensor]]:
+    return [(w, a) for w, a in zip(weights, experts, strict=True) if w and a.any()]
+
+
 def _cosine(left: Tensor, right: Tensor) -> float:
     return float((left * right).sum() / left.norm() / right.norm())
 
 
 def knots_ties(experts: Experts, weights: Numbers, keep: float) -> Tensor:
     """[√w_1 A_1 | √w_2 A_2 | ...] = U S [V_1 | V_2 | ...]ᵀ; U times TIES of the S V_iᵀ / √w_i."""
-    says = [(w, a) for w, a in zip(weights, experts, strict=True) if w]
-    basis, sizes, right = _nonzero_svd(torch.cat([w**0.5 * a for w, a in says], dim=1))
-    if not len(sizes):
+    says = _speaking(experts, weights)
+    if not says:
         return torch.zeros_like(experts[0])
+    basis, sizes, right = _nonzero_svd(torch.cat([w**0.5 * a for w, a in says], dim=1))
     parts = (torch.diag(sizes) @ right.T).split(experts[0].shape[1], dim=1)
     aligned = [part / w**0.5 for part, (w, _) in zip(parts, says, strict=True)]
     aligned = [torch.where(part.abs() > 1e-7 * sizes[0], part, 0.0) for part in aligned]
@@ -194,16 +198,16 @@ def knots_ties(experts: Experts, weights: Numbers, keep: float) -> Tensor:
 
 def tsv_m(experts: Experts, weights: Numbers) -> Tensor:
     """Û diag(w_i s_i) V̂ᵀ of min(O, I) / N triplets an expert (Gargiulo et al. 2025)."""
-    says = [(w, a) for w, a in zip(weights, experts, strict=True) if w and a.any()]
-    kept = max(1, min(experts[0].shape) // max(1, len(says)))
+    says = _speaking(experts, weights)
+    if not says:
+        return torch.zeros_like(experts[0])
+    kept = max(1, min(experts[0].shape) // len(says))
     lefts, sizes, rights = [], [], []
     for weight, update in says:
         left, size, right = _nonzero_svd(update)
         lefts.append(left[:, :kept])
         sizes.append(weight * size[:kept])
         rights.append(right[:, :kept])
-    if not says:
-        return torch.zeros_like(experts[0])
     left, right = procrustes(torch.cat(lefts, dim=1)), procrustes(torch.cat(rights, dim=1))
     return left @ torch.diag(torch.cat(sizes)) @ right.T
 
