@@ -187,6 +187,18 @@ def test_full_fine_tunes_of_t5(makers: Makers, tmp_path: Path) -> None:
     assert say(strict(tmp_path / "poe", AutoModelForSeq2SeqLM)).isfinite().all()
 
 
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(makers: Makers, tmp_path: Path) -> None:
+    base = copied(makers.base("t5"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    both = {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # as transformers 5 saves
+    (base / "config.json").write_text(json.dumps(config | both))
+    experts = [makers.expert("t5", i, full=True) for i in (1, 2)]
+    merge_checkpoints(base, experts, tmp_path / "out", "average")
+    heads = [load_file(expert / "model.safetensors")["lm_head.weight"] for expert in experts]
+    merged = strict(tmp_path / "out", AutoModelForSeq2SeqLM)
+    torch.testing.assert_close(merged.lm_head.weight.detach(), (heads[0] + heads[1]) / 2)
+
+
 def test_an_adapter_of_the_vision_tower_finds_it_in_the_whole(
     makers: Makers, tmp_path: Path
 ) -> None:
