@@ -33,7 +33,9 @@ class Scorer(HFLM):  # type: ignore[misc]
         # transformers says that every T5 is tied.
         model.tie_weights = lambda *_, **__: None
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-        self._selects = "logits_to_keep" in signature(model.forward).parameters
+        self._selects = (
+            self.backend == "causal" and "logits_to_keep" in signature(model.forward).parameters
+        )
         self._last = 0  # positions to keep, of the longest request; 0 for all
 
     def _loglikelihood_tokens(
@@ -68,7 +70,7 @@ class Scorer(HFLM):  # type: ignore[misc]
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         """Logits of the last positions; HFLM counts from the end, so it finds what it reads."""
-        if self.backend == "seq2seq" or not self._selects:
+        if not self._selects:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():
             return self.model(inps, logits_to_keep=self._last).logits
