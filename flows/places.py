@@ -91,14 +91,14 @@ class Places:
 
         Returns:
             `made`: names of the steps that had something to do; `base`: what was merged into;
-            `register`: folder of the leaderboard; `merges` and `logs`: where each candidate's model
-            and its cost lie.
+            `register`: folder of the leaderboard, None without tasks to score; `merges` and `logs`:
+            where each candidate's model and its cost lie.
         """
         labels = self.params.merge.methods
         return {
             "made": made,
             "base": self.params.fetch.base.source,
-            "register": str(self.register),
+            "register": str(self.register) if self.params.evaluate.tasks else None,
             "merges": {label: str(self.merge(label)) for label in labels},
             "logs": {label: str(self.log("merge", label)) for label in labels},
         }

@@ -65,8 +65,15 @@ def is_head(name: str) -> bool:
 
 
 def is_tied_head(info: TensorInfo, base: Checkpoint) -> bool:
-    """True for a stored output head that the config ties to the input embedding."""
+    """True for a stored output head that the config ties to the input embedding.
+
+    One that differs from the embedding is none, whatever the config says: transformers 5 states
+    of every T5 that it is tied, and loads Flan-T5 with the head that is stored.
+    """
     if not (base.ties_embeddings and is_head(info.name)):
         return False
     others = (other for other in base.tensors.values() if not is_head(other.name))
-    return any(other.shape == info.shape and is_vocabulary(other, base) for other in others)
+    return any(
+        other.shape == info.shape and is_vocabulary(other, base) and base.same(info, other)
+        for other in others
+    )
