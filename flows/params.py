@@ -62,12 +62,8 @@ class EvaluateParams(Section):
     """What the candidates are scored on."""
 
     include: str
-<<<<<<< HEAD
-    tasks: list[str] = Field(min_length=1)
-    experts: Literal["own", "all"]
-=======
     tasks: list[str]  # none: what lm-eval has no task for is merged, and neither scored nor chosen
->>>>>>> paper
+    experts: Literal["own", "all"]
     validation: str
     limit: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)
