@@ -14,7 +14,7 @@ from poemerge.residuals.verdict import MET, TOO_FEW, best_expert, best_of, sente
 
 FEWEST = 100  # entries from which a tail can be told
 ROUNDED = 0.5  # of the residuals may be rounding, whose estimate is an upper bound
-POOLED = 1 << 23  # entries of all matrices that are fitted together
+POOLED = 1 << 21  # entries of all matrices that are fitted together
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def describe_pool(
         met = any(sample.left_out == "rounding" for sample in samples)
         return _nothing(MET if met else TOO_FEW)
     step = -(-sum(map(len, kept)) // POOLED)
-    ordered = torch.cat([sizes[::step] for sizes in kept]).sort().values
+    # Every step-th of an ordered sample keeps its distribution; from alternate starts, no bias.
+    thinned = [sizes[index % step :: step] for index, sizes in enumerate(kept)]
+    ordered = torch.cat(thinned).sort().values
     histogram, fits = Histogram.of(ordered), Fits.of(ordered)
     expert = best_expert(fits.likelihoods)
     alone = [best_expert(m["log_likelihoods"]) for m in matrices if not m["left_out"]]
@@ -135,7 +137,9 @@ def describe_pool(
         "nu": fits.nu,
         "tail_index": tail_index(ordered),
         "best": best_of(fits.likelihoods),
-        "verdict": sentence(fits.likelihoods, fits.nu, alone.count(expert), len(alone)),
+        "verdict": sentence(
+            fits.likelihoods, fits.nu, alone.count(expert), len(alone), len(samples) - len(alone)
+        ),
     }
 
 

@@ -5,28 +5,27 @@ what counts is by how many nats an entry one density beats another.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 from poemerge.residuals.densities import DENSITIES
 
-MARGIN = 0.01  # nats an entry; within it the density of fewer parameters is as good
+MARGIN = 0.01  # nats an entry by which a density must beat the simpler ones
 EXPERTS = ("gaussian", "cauchy", "student_t")  # the densities that experts have
 MET = (
     "There is nothing to fit: the residuals are no larger than the rounding of the merged weights "
-    "makes them, so every expert is met along its own directions."
+    "makes them, so that every expert is met along its own directions; store the merge in float32 "
+    "to see smaller ones."
 )
-TOO_FEW = "There is nothing to fit: no matrix has enough residuals that are not zero."
+TOO_FEW = "There is nothing to fit: no matrix has enough residuals that are not 0."
 
 
 def best_of(likelihoods: Mapping[str, float]) -> str:
-    """The density of fewest parameters among those within MARGIN of the likeliest.
+    """The first of Gaussian, Cauchy, Student-t and Weibull within MARGIN of the likeliest.
 
     Args:
         likelihoods: name → mean log-likelihood of an entry, in nats.
     """
-    top = max(likelihoods.values())
-    near = [name for name, value in likelihoods.items() if value >= top - MARGIN]
-    return min(near, key=lambda name: (len(fields(DENSITIES[name])), -likelihoods[name]))
+    least = max(likelihoods.values()) - MARGIN
+    return next(name for name in DENSITIES if likelihoods.get(name, -float("inf")) >= least)
 
 
 def best_expert(likelihoods: Mapping[str, float]) -> str:
@@ -34,33 +33,50 @@ def best_expert(likelihoods: Mapping[str, float]) -> str:
     return best_of({name: likelihoods[name] for name in EXPERTS})
 
 
-def sentence(likelihoods: Mapping[str, float], nu: float, agreeing: int, matrices: int) -> str:
+def sentence(
+    likelihoods: Mapping[str, float], nu: float, agreeing: int, fitted: int, left_out: int
+) -> str:
     """Whether Gaussian, Student-t or Cauchy describes the residuals best, and by how much.
 
     Args:
         likelihoods: as in `best_of`, of all matrices pooled.
         nu: degrees of freedom of the Student-t.
         agreeing: matrices of which, taken alone, the same one is the best.
-        matrices: in all.
+        fitted: matrices that were fitted.
+        left_out: matrices that were not.
     """
     best = best_expert(likelihoods)
     lead = {name: likelihoods[best] - value for name, value in likelihoods.items()}
-    above = {n: f"{lead[n]:.2f} nats an entry above {DENSITIES[n].title}" for n in lead}
-    title, weibull = DENSITIES[best].title, ""
-    if lead["weibull"] < -MARGIN:
-        weibull = f" Weibull, which no expert has, fits {-lead['weibull']:.2f} nats better still."
+    subject = DENSITIES[best].title
     if best == "student_t":
-        heavy = "nearer Cauchy than Gaussian" if lead["cauchy"] < lead["gaussian"] else ""
-        text = (
-            f"{title} with {nu:.1f} degrees of freedom describes these residuals best "
-            f"({above['gaussian']}, {lead['cauchy']:.2f} above Cauchy): tails are "
-            f"{heavy or 'heavier than Gaussian, yet nearer it than Cauchy'}"
-        )
-    else:
-        other, tails = ("cauchy", "light") if best == "gaussian" else ("gaussian", "heavy")
-        text = (
-            f"{title} describes these residuals best ({above[other]}; Student-t, with "
-            f"{nu:.1f} degrees of freedom, gains {max(0.0, -lead['student_t']):.3f}): tails are "
-            f"{tails}"
-        )
-    return f"{text}; so it is in {agreeing} of {matrices} matrices alone.{weibull}"
+        subject += f" with {nu:.1f} degrees of freedom"
+    text = f"{subject} describes these residuals best ({_leads(best, lead, nu)}): {_tails(lead)}"
+    text += f"; so it is in {agreeing} of {fitted} matrices alone"
+    text += f" ({left_out} more are left out)" if left_out else ""
+    if lead["weibull"] < -MARGIN:
+        text += f"; Weibull, which no expert has, fits {-lead['weibull']:.2f} nats better still"
+    return text + "."
+
+
+def _leads(best: str, lead: Mapping[str, float], nu: float) -> str:
+    """By how much the best beats the others."""
+    if best == "student_t":
+        gaussian, cauchy = lead["gaussian"], lead["cauchy"]
+        return f"{gaussian:.2f} nats an entry above Gaussian, {cauchy:.2f} above Cauchy"
+    other = "cauchy" if best == "gaussian" else "gaussian"
+    gain = max(0.0, -lead["student_t"])
+    return (
+        f"{lead[other]:.2f} nats an entry above {DENSITIES[other].title}; Student-t, with "
+        f"{nu:.1f} degrees of freedom, gains only {gain:.3f}"
+    )
+
+
+def _tails(lead: Mapping[str, float]) -> str:
+    """What that says of the tails."""
+    if lead["gaussian"] == 0:
+        return "the tails are light"
+    if lead["cauchy"] == 0:
+        return "the tails are as heavy as Cauchy's"
+    if lead["cauchy"] < lead["gaussian"]:
+        return "the tails are heavy, nearer Cauchy than Gaussian"
+    return "the tails are heavier than Gaussian, yet nearer it than Cauchy"
