@@ -13,7 +13,7 @@ from poemerge.residuals.tail import Histogram, tail_index
 from poemerge.residuals.verdict import MET, TOO_FEW, best_expert, best_of, sentence
 
 FEWEST = 100  # entries from which a tail can be told
-ROUNDED = 0.5  # of the residuals may be rounding, whose estimate is an upper bound
+ROUNDED = 0.3  # part of the residuals that may be rounding; more would be fitted instead of them
 POOLED = 1 << 21  # entries of all matrices that are fitted together
 
 
@@ -34,10 +34,10 @@ class Sample:
     @classmethod
     def of(cls, values: Sequence[Tensor], rounding: Sequence[float]) -> Self:
         """Of the signed entries of each expert, and the root mean square of their rounding."""
-        sizes = torch.cat([entries.abs() for entries in values])
-        noise = sum(n**2 * len(v) for n, v in zip(rounding, values, strict=True))
-        square = float(sizes.square().sum())
-        kept = sizes[sizes > 0].sort().values
+        sizes = torch.cat([entries.abs() for entries in values]).sort().values
+        kept = sizes[sizes > 0]
+        noise = math.fsum(n**2 * len(v) for n, v in zip(rounding, values, strict=True))
+        square = float(kept.square().sum())
         share = math.sqrt(noise / square) if square > 0 else 0.0
         return cls(kept, len(sizes) - len(kept), share)
 

@@ -163,48 +163,30 @@ def test_a_density_must_beat_the_simpler_ones_by_the_margin() -> None:
     assert best_of(flat | {"student_t": -1.98, "weibull": -1.96}) == "weibull"
 
 
-@pytest.mark.parametrize(
-    ("likelihoods", "nu", "expected"),
-    [
-        (
-            {"gaussian": -2.41, "cauchy": -2.05, "student_t": -2.0, "weibull": -2.2},
-            2.31,
-            (
-                "Student-t with 2.3 degrees of freedom describes these residuals best (0.41 nats an "
-                "entry above Gaussian, 0.05 above Cauchy): the tails are heavy, nearer Cauchy than "
-                "Gaussian; so it is in 7 of 9 matrices alone."
-            ),
-        ),
-        (
-            {"gaussian": -2.04, "cauchy": -2.15, "student_t": -2.0, "weibull": -1.97},
-            5.0,
-            (
-                "Student-t with 5.0 degrees of freedom describes these residuals best (0.04 nats an "
-                "entry above Gaussian, 0.15 above Cauchy): the tails are heavier than Gaussian, yet "
-                "nearer it than Cauchy; so it is in 7 of 9 matrices alone; Weibull, which no expert "
-                "has, fits 0.03 nats better still."
-            ),
-        ),
-        (
-            {"gaussian": -2.0, "cauchy": -2.2, "student_t": -1.999, "weibull": -2.1},
-            88.0,
-            (
-                "Gaussian describes these residuals best (0.20 nats an entry above Cauchy; Student-t, "
-                "with 88.0 degrees of freedom, gains only 0.001): the tails are light; so it is in 7 "
-                "of 9 matrices alone."
-            ),
-        ),
-        (
-            {"gaussian": -9.0, "cauchy": -2.0, "student_t": -1.997, "weibull": -2.1},
-            1.08,
-            (
-                "Cauchy describes these residuals best (7.00 nats an entry above Gaussian; Student-t, "
-                "with 1.1 degrees of freedom, gains only 0.003): the tails are as heavy as Cauchy's; "
-                "so it is in 7 of 9 matrices alone."
-            ),
-        ),
-    ],
-)
-def test_the_verdict_in_words(likelihoods: dict[str, float], nu: float, expected: str) -> None:
-    assert sentence(likelihoods, nu, 7, 9, 0) == expected
-    assert "7 of 9 matrices alone (2 more are left out)" in sentence(likelihoods, nu, 7, 9, 2)
+VERDICTS = {
+    (-2.41, -2.05, -2.0, -2.2, 2.31): """
+        Student-t with 2.3 degrees of freedom describes these residuals best (0.41 nats an entry
+        above Gaussian, 0.05 above Cauchy): the tails are heavy, nearer Cauchy than Gaussian;""",
+    (-2.04, -2.15, -2.0, -2.2, 5.0): """
+        Student-t with 5.0 degrees of freedom describes these residuals best (0.04 nats an entry
+        above Gaussian, 0.15 above Cauchy): the tails are heavier than Gaussian, yet nearer it than
+        Cauchy;""",
+    (-2.0, -2.2, -1.999, -2.1, 88.0): """
+        Gaussian describes these residuals best (0.20 nats an entry above Cauchy; Student-t, with
+        88.0 degrees of freedom, gains only 0.001): the tails are light;""",
+    (-9.0, -2.0, -1.997, -2.1, 1.08): """
+        Cauchy describes these residuals best (7.00 nats an entry above Gaussian; Student-t, with
+        1.1 degrees of freedom, gains only 0.003): the tails are as heavy as Cauchy's;""",
+}
+
+
+@pytest.mark.parametrize("given", VERDICTS)
+def test_the_verdict_in_words(given: tuple[float, ...]) -> None:
+    *means, nu = given
+    likelihoods = dict(zip(DENSITIES, means, strict=True))
+    expected = " ".join(VERDICTS[given].split()) + " so it is in 7 of 9 matrices alone"
+    assert sentence(likelihoods, nu, 7, 9, 0) == expected + "."
+    assert sentence(likelihoods, nu, 7, 9, 2) == expected + " (2 more are left out)."
+    better = likelihoods | {"weibull": -1.97}
+    weibull = "; Weibull, which no expert has, fits 0.03 nats better still."
+    assert sentence(better, nu, 7, 9, 0) == expected + weibull
