@@ -62,11 +62,9 @@ def rounding_of(update: Update, start: Tensor, dtype: torch.dtype) -> float:
     """
     step: float = torch.finfo(dtype).eps / 12**0.5
     if isinstance(update, LowRank):  # both factors are rounded
-        ups, downs = (
-            update.up.double().square().sum(dim=0),
-            update.down.double().square().sum(dim=1),
-        )
-        return step * float(2 * (ups * downs).sum() / start.numel()) ** 0.5
+        ups = update.up.double().square().sum(dim=0)
+        downs = update.down.double().square().sum(dim=1)
+        return step * float(2 * (ups @ downs) / start.numel()) ** 0.5
     return step * float(square_norm((start + update.delta).flatten()) / start.numel()) ** 0.5
 
 
