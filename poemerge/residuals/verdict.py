@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from poemerge.residuals.densities import DENSITIES
 
 MARGIN = 0.01  # nats an entry by which a density must beat the simpler ones
+BODY = 4.0  # ν above which Gaussian beats Cauchy, unless outliers beyond any Student-t ruin it
 EXPERTS = ("gaussian", "cauchy", "student_t")  # the densities that experts have
 MET = (
     "There is nothing to fit: the residuals are no larger than the rounding of the merged weights "
@@ -50,7 +51,9 @@ def sentence(
     subject = DENSITIES[best].title
     if best == "student_t":
         subject += f" with {nu:.1f} degrees of freedom"
-    text = f"{subject} describes these residuals best ({_leads(best, lead, nu)}): {_tails(lead)}"
+    text = (
+        f"{subject} describes these residuals best ({_leads(best, lead, nu)}): {_tails(lead, nu)}"
+    )
     text += f"; so it is in {agreeing} of {fitted} matrices alone"
     text += f" ({left_out} more are left out)" if left_out else ""
     if lead["weibull"] < -MARGIN:
@@ -71,12 +74,14 @@ def _leads(best: str, lead: Mapping[str, float], nu: float) -> str:
     )
 
 
-def _tails(lead: Mapping[str, float]) -> str:
+def _tails(lead: Mapping[str, float], nu: float) -> str:
     """What that says of the tails."""
     if lead["gaussian"] == 0:
         return "the tails are light"
     if lead["cauchy"] == 0:
         return "the tails are as heavy as Cauchy's"
+    if lead["cauchy"] < lead["gaussian"] and nu > BODY:
+        return "most residuals are near Gaussian, and a few are far larger"
     if lead["cauchy"] < lead["gaussian"]:
         return "the tails are heavy, nearer Cauchy than Gaussian"
     return "the tails are heavier than Gaussian, yet nearer it than Cauchy"

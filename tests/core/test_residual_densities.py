@@ -12,7 +12,7 @@ from torch import Tensor
 from poemerge.residuals.densities import DENSITIES, Cauchy, Gaussian, StudentT, Weibull, root
 from poemerge.residuals.summary import Fits
 from poemerge.residuals.tail import SMALLEST, Histogram, tail_index
-from poemerge.residuals.verdict import best_of, sentence
+from poemerge.residuals.verdict import BODY, best_of, sentence
 
 COUNT = 20_000
 TRUTH: dict[str, Any] = {
@@ -150,6 +150,13 @@ def test_a_histogram_is_a_density() -> None:
     assert histogram.density[middle].numpy() == pytest.approx(truth, rel=0.3)
 
 
+def test_gaussian_beats_cauchy_from_four_degrees_on() -> None:
+    """What the words of the verdict rest on."""
+    for nu, ahead in ((BODY - 1.5, "cauchy"), (BODY, "gaussian")):
+        fits = Fits.of(sizes(stats.t.ppf((np.arange(COUNT) + 0.5) / COUNT, nu)))
+        assert max(("gaussian", "cauchy"), key=fits.likelihoods.__getitem__) == ahead
+
+
 def test_the_root_is_found_or_the_nearer_end() -> None:
     assert root(lambda x: 2 - x**3, 0.0, 10.0) == pytest.approx(2 ** (1 / 3), abs=1e-9)
     assert root(lambda x: -1 - x, 0.0, 10.0) == 0.0
@@ -171,6 +178,10 @@ VERDICTS = {
         Student-t with 5.0 degrees of freedom describes these residuals best (0.04 nats an entry
         above Gaussian, 0.15 above Cauchy): the tails are heavier than Gaussian, yet nearer it than
         Cauchy;""",
+    (-2.32, -2.15, -2.0, -2.2, 7.0): """
+        Student-t with 7.0 degrees of freedom describes these residuals best (0.32 nats an entry
+        above Gaussian, 0.15 above Cauchy): most residuals are near Gaussian, and a few are far
+        larger;""",
     (-2.0, -2.2, -1.999, -2.1, 88.0): """
         Gaussian describes these residuals best (0.20 nats an entry above Cauchy; Student-t, with
         88.0 degrees of freedom, gains only 0.001): the tails are light;""",
