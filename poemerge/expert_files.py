@@ -27,6 +27,9 @@ class Expert(Protocol):
     def rank(self, info: TensorInfo) -> int | None:
         """Rank of its update in factors, 0 where it leaves the tensor alone, None if dense."""
 
+    def stored(self, info: TensorInfo) -> torch.dtype:
+        """Dtype of the weight, or of its factors, on disk; the base's where there is neither."""
+
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """A = W - W₀ in fp32 or better, given W₀ in fp32; finite, or CheckpointError."""
 
@@ -64,6 +67,10 @@ class FullExpert:
     def rank(self, info: TensorInfo) -> int | None:  # noqa: ARG002
         """None: a full fine-tune is dense everywhere."""
         return None
+
+    def stored(self, info: TensorInfo) -> torch.dtype:
+        """As the checkpoint's header says."""
+        return self._checkpoint.tensors[self._names[info.name]].dtype
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """W - W₀."""
@@ -131,6 +138,11 @@ class AdapterExpert:
         if info.name in self.adapter.replaced:
             return None
         return self.adapter.shape(info.name)[1] if info.name in self.adapter.factors else 0
+
+    def stored(self, info: TensorInfo) -> torch.dtype:
+        """As the adapter's header says."""
+        keys = self.adapter.factors.get(info.name, (self.adapter.replaced.get(info.name),))
+        return self.adapter.tensors[keys[0]].dtype if keys[0] else info.dtype
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """Scaled factors, a dense difference for replaced tensors, zero for the rest."""
