@@ -1,0 +1,1 @@
+"""What merging methods score on the zoos: measured by one command, told on one page."""
