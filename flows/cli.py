@@ -60,6 +60,13 @@ def main() -> None:
     calm_down()
 
 
+_params = click.option(
+    "--params",
+    default="params.yaml",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Parameter file.",
+)
 _set = click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Replace one value; repeatable."
 )
@@ -94,13 +101,7 @@ _device = click.option(
 
 
 @main.command()
-@click.option(
-    "--params",
-    default="params.yaml",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Parameter file.",
-)
+@_params
 @_set
 @click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
 def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
@@ -122,6 +123,35 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     from flows.pipeline import pipeline
 
     show_outcome(pipeline(str(params), list(overrides)))
+
+
+@main.command()
+@_params
+@_set
+@click.option(
+    "--method", "labels", multiple=True, metavar="LABEL", help="Search this one; repeatable. [all]"
+)
+@click.option("--save", is_flag=True, help="Write each method's best into merge.methods.")
+def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save: bool) -> None:
+    """Search the settings in params.yaml's `sweep` on validation; show each method's best on test.
+
+    A sweep that was stopped goes on where it was.
+    """
+    from flows.console import start_logging
+    from flows.overrides import save_values
+    from flows.params import load
+
+    load(params, overrides)
+    start_logging()
+    logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
+    from flows.sweep import sweep as search
+    from flows.sweep_table import show_sweep
+
+    outcome = search(str(params), list(overrides), list(labels))
+    show_sweep(outcome)
+    if save:
+        entries = outcome["winners"].items()
+        save_values(params, [(("merge", "methods", label), entry) for label, entry in entries])
 
 
 @main.command()

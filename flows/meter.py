@@ -52,3 +52,21 @@ def measure() -> Iterator[Cost]:
         cost.seconds = time.perf_counter() - start
         done.set()
         watcher.join()
+
+
+@dataclass
+class Pace:
+    """How quick the pieces of a long work are."""
+
+    pieces: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One piece is done."""
+        self.pieces += 1
+        self.seconds += seconds
+
+    def left(self, pieces: int) -> str:
+        """How long so many more will take, in words."""
+        minutes = pieces * self.seconds / max(1, self.pieces) / 60
+        return f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"

@@ -1,10 +1,11 @@
 """What the command line says of values: `a.b=c` texts, and sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from poemerge.errors import SettingError
@@ -46,20 +47,33 @@ def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def save_overrides(path: Path, overrides: Sequence[str]) -> None:
-    """Write the values into the file, its remarks and order kept."""
+    """Write the values of `a.b=c` into the file, its remarks and order kept."""
+    save_values(path, map(parse_override, overrides))
+
+
+def save_values(path: Path, values: Iterable[tuple[Sequence[str], Any]]) -> None:
+    """Write (keys, value) pairs into the file, its remarks and order kept."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
     tree = yaml.load(path)
-    for text in overrides:
-        keys, value = parse_override(text)
+    for keys, value in values:
         branch = tree
         for key in keys[:-1]:
             branch = branch.setdefault(key, {})
-        branch[keys[-1]] = value
+        branch[keys[-1]] = inline(value)
     partial = path.with_name(path.name + ".partial")
     yaml.dump(tree, partial)
     partial.replace(path)
+
+
+def inline(value: Any) -> Any:
+    """A mapping as YAML writes it on one line; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    mapping = CommentedMap({name: inline(each) for name, each in value.items()})
+    mapping.fa.set_flow_style()
+    return mapping
 
 
 def in_bytes(gigabytes: float | None) -> int | None:

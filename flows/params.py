@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -11,6 +11,9 @@ from ruamel.yaml.error import YAMLError
 from flows.overrides import override
 from poemerge.errors import SettingError
 from poemerge.settings import nearest
+
+if TYPE_CHECKING:
+    from tasks.sweep.space import Space
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -81,19 +84,31 @@ class RegisterParams(Section):
     store: Literal["dvc", "copy"]
 
 
+class SweepParams(Section):
+    """How the settings of merges are searched; no stage, and no part of a run."""
+
+    sampler: Literal["grid", "random", "tpe"]
+    trials: int = Field(ge=1)
+    prune: bool
+    seed: int = Field(ge=0)
+    storage: str = Field(min_length=1)
+    space: dict[Label, dict[str, Any]] = Field(min_length=1)
+
+
 class Params(Section):
-    """The five sections, named like the stages."""
+    """The five sections, named like the stages, and the one of `poemerge sweep`."""
 
     fetch: FetchParams
     task_vectors: TaskVectorsParams
     merge: MergeParams
     evaluate: EvaluateParams
     register_: RegisterParams = Field(alias="register")
+    sweep: SweepParams | None = None
 
     @property
     def sections(self) -> Mapping[str, Any]:
-        """The plain values, as the YAML has them."""
-        return self.model_dump(by_alias=True)
+        """The plain values of the stages, as the YAML has them."""
+        return self.model_dump(by_alias=True, exclude={"sweep"})
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -111,7 +126,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
         params = Params.model_validate(tree)
     except ValidationError as error:
         raise SettingError(f"{path}: {_sentence(error)}") from error
-    _check_methods(path, params.merge, tuple(params.fetch.experts))
+    experts = tuple(params.fetch.experts)
+    _check_methods(path, params.merge, experts)
+    if params.sweep:
+        _check_sweep(path, params.sweep, experts)
     return params
 
 
@@ -130,20 +148,53 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...]) -> None:
+    for label in merge.methods:
+        _check_settings(f"{path}: merge.methods.{label}", *merge.candidate(label), experts)
+
+
+def _check_sweep(path: Path, sweep: SweepParams, experts: tuple[str, ...]) -> None:
+    from tasks.sweep.space import Space  # noqa: PLC0415 - imports torch, as `_check_settings` does
+
+    for label, given in sweep.space.items():
+        where = f"{path}: sweep.space.{label}"
+        try:
+            space = Space.parse(label, given)
+        except SettingError as error:
+            raise SettingError(f"{where}: {error}") from error
+        for settings in space.samples():
+            _check_settings(where, space.method, settings, experts)
+        if sweep.sampler == "grid":
+            _check_grid(where, space, sweep.trials)
+
+
+def _check_grid(where: str, space: "Space", trials: int) -> None:
+    if not space.is_finite:
+        raise SettingError(
+            f"{where} has a range, which a grid cannot cover; list values, or set sweep.sampler "
+            "to random or tpe."
+        )
+    if len(space.points()) > trials:
+        raise SettingError(
+            f"{where} has {len(space.points())} combinations where sweep.trials allows {trials}; "
+            "shorten a list, raise sweep.trials, or set sweep.sampler to random or tpe."
+        )
+
+
+def _check_settings(
+    where: str, method: str, settings: dict[str, Any], experts: tuple[str, ...]
+) -> None:
     from poemerge.methods import find  # noqa: PLC0415 - imports torch, 1 s that --help need not pay
 
-    for label in merge.methods:
-        method, settings = merge.candidate(label)
-        try:
-            parsed = find(method).settings.parse(settings)
-        except SettingError as error:
-            raise SettingError(f"{path}: merge.methods.{label}: {error}") from error
-        for name in parsed.weights:
-            if name not in experts:
-                raise SettingError(
-                    f"{path}: merge.methods.{label}.weights names {name!r}"
-                    f"{nearest(name, experts)}; the experts are {', '.join(experts)}."
-                )
+    try:
+        parsed = find(method).settings.parse(settings)
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from error
+    for name in parsed.weights:
+        if name not in experts:
+            raise SettingError(
+                f"{where}.weights names {name!r}{nearest(name, experts)}; the experts are "
+                f"{', '.join(experts)}."
+            )
 
 
 def _sentence(error: ValidationError) -> str:

@@ -45,13 +45,13 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
         if not todo:
             logger.info("%s: left out, for evaluate.tasks is empty", stage)
             continue
-        made += [step.name for step in _run_stage(stage, todo)]
+        made += [step.name for step in run_stage(stage, todo)]
         if places.is_plain:
             versioning.commit(_dvc_names(stage, todo), tree)
     return places.outcome(made)
 
 
-def _run_stage(stage: str, todo: list[Step]) -> list[Step]:
+def run_stage(stage: str, todo: list[Step]) -> list[Step]:
     """Run the steps, downloads side by side; those that had something to do are returned."""
     logger.info("%s: %s", stage, ", ".join(step.label for step in todo))
     if stage == "fetch":

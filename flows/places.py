@@ -28,7 +28,7 @@ class Places:
     @property
     def is_plain(self) -> bool:
         """True for a run without overrides, or with such as change nothing."""
-        return self.params == self.plain
+        return self.params.sections == self.plain.sections
 
     @property
     def own(self) -> Path:

@@ -7,6 +7,8 @@ from typing import Any
 
 from prefect import task
 
+from poemerge.lineage import Lineage
+
 logger = logging.getLogger(__name__)
 
 NEWS_EVERY = 5.0  # seconds between two lines of progress
@@ -41,27 +43,48 @@ def merge(
     Returns:
         True if it was merged, False if it was up to date.
     """
-    from poemerge.merge import merge_checkpoints, merge_lineage  # noqa: PLC0415 - imports torch
+    from poemerge.merge import merge_checkpoints  # noqa: PLC0415 - imports torch
 
     folders = {name: Path(folder) for name, folder in experts.items()}
-    choices: dict[str, Any] = {"device": device, "dtype": dtype, "output": "full", "rank": None}
-    choices |= {"seed": seed, "memory": memory}
-    if merge_lineage(Path(base), folders, method, settings, choices).is_current(Path(out)):
+    choices: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "memory": memory}
+    if _record(base, experts, method, settings, **choices).is_current(Path(out)):
         return False
     merge_checkpoints(
         base,
         folders,
         out,
         method,
-        device,
-        dtype=dtype,
-        seed=seed,
-        memory=memory,
         overwrite=True,
         progress=_News(Path(out).name),
+        **choices,
         **settings,
     )
     return True
+
+
+def merge_key(
+    base: str, experts: dict[str, str], *, method: str, settings: dict[str, Any], **choices: Any
+) -> str:
+    """What decides the bytes of a merge: the same key, the same bytes.
+
+    Args:
+        base: as in `merge`.
+        experts: as in `merge`.
+        method: as in `merge`.
+        settings: as in `merge`.
+        **choices: device, dtype, seed and memory.
+    """
+    return _record(base, experts, method, settings, **choices).key
+
+
+def _record(
+    base: str, experts: dict[str, str], method: str, settings: dict[str, Any], **choices: Any
+) -> Lineage:
+    from poemerge.merge import merge_lineage  # noqa: PLC0415 - imports torch
+
+    folders = {name: Path(folder) for name, folder in experts.items()}
+    whole = {"output": "full", "rank": None}
+    return merge_lineage(Path(base), folders, method, settings, whole | choices)
 
 
 class _News:

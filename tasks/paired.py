@@ -17,6 +17,7 @@ from poemerge.errors import SourceError
 ITEMS = "items.json"
 LEVEL = 0.95
 RESAMPLES = 10_000
+FEWEST = 2  # items of a task that resampling can tell apart
 BATCH = 500  # resamples in memory at a time
 
 
@@ -66,27 +67,44 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def score(outcomes: Outcomes, *, seed: int = 0) -> Interval:
-    """The mean over tasks of the mean outcome, with its interval."""
-    return _bootstrap([np.asarray(values) for values in outcomes.values.values()], seed)
-
-
-def difference(left: Outcomes, right: Outcomes, *, seed: int = 0) -> Interval:
-    """Mean score of `left` less that of `right`, item by item.
+def score(outcomes: Outcomes, *, level: float = LEVEL, seed: int = 0) -> Interval:
+    """The mean over tasks of the mean outcome, with its interval.
 
     Raises:
-        SourceError: they were scored on different items.
+        SourceError: a task has fewer than two items.
     """
-    for task, ids in left.ids.items():
-        if right.ids.get(task) != ids:
+    return _bootstrap(outcomes.values, level, seed)
+
+
+def difference(left: Outcomes, right: Outcomes, *, level: float = LEVEL, seed: int = 0) -> Interval:
+    """Mean score of `left` less that of `right`, item by item.
+
+    Args:
+        left: of one candidate.
+        right: of another.
+        level: how often the interval is to hold the difference. Where several differences are
+            judged together, 1 - (1 - LEVEL) / their number (Bonferroni) lets all of them hold
+            together as often as LEVEL says.
+        seed: of the resamples.
+
+    Raises:
+        SourceError: they were scored on different tasks or items, or on fewer than two.
+    """
+    for task in {**left.ids, **right.ids}:
+        if left.ids.get(task) != right.ids.get(task):
             message = f"Two candidates were scored on other items of {task}; run evaluate again."
             raise SourceError(message)
-    values = left.values.items()
-    return _bootstrap([np.subtract(own, right.values[task]) for task, own in values], seed)
+    values = {task: np.subtract(own, right.values[task]) for task, own in left.values.items()}
+    return _bootstrap(values, level, seed)
 
 
-def _bootstrap(samples: Sequence[Any], seed: int) -> Interval:
-    """Percentile interval of the mean of means; samples are resampled apart."""
+def _bootstrap(values: Mapping[str, Any], level: float, seed: int) -> Interval:
+    """Percentile interval of the mean of means; tasks are resampled apart."""
+    for task, items in values.items():
+        if len(items) < FEWEST:
+            raise SourceError(f"Task {task} has {len(items)} item; an interval needs {FEWEST}.")
+    samples = [np.asarray(items) for items in values.values()]
+
     from scipy.stats import bootstrap  # noqa: PLC0415 - 1 s
 
     def mean_of_means(*drawn: Any, axis: int = -1) -> Any:
@@ -98,9 +116,9 @@ def _bootstrap(samples: Sequence[Any], seed: int) -> Interval:
         n_resamples=RESAMPLES,
         batch=BATCH,
         vectorized=True,
-        confidence_level=LEVEL,
+        confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
     low, high = found.confidence_interval
-    return Interval(float(mean_of_means(*samples)), float(low), float(high))
+    return Interval(float(mean_of_means(*samples)), float(low), float(high), level)

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.sweep import sweep
-
 from flows.params import load
 from flows.places import PLAIN, Places
 from flows.steps import steps
+from flows.sweep import sweep
 from tasks import paired
 from tasks.paired import Outcomes
 from tasks.register.leaderboard import read_costs, read_scores

@@ -83,12 +83,8 @@ def evaluate(
     how |= {"dtype": dtype, "device": device, "validation": validation}
     found = find_tasks(tasks, Path(include))
     models = {"base": base} if weights is None else {"base": base, "candidate": weights}
-    record = Lineage(
-        STAGE,
-        {"format": FORMAT, "candidate": candidate, "kind": kind, "splits": list(splits)}
-        | how
-        | {tool: metadata.version(tool) for tool in TOOLS[:2]},
-        (*(_model(role, folder) for role, folder in models.items()), *map(_task, found)),
+    record = replace(
+        _record(models, found, candidate=candidate, kind=kind, splits=list(splits), **how),
         device=describe_device(pick_device(device)),
         packages=dict(package_versions()) | {tool: metadata.version(tool) for tool in TOOLS},
     )
@@ -99,7 +95,8 @@ def evaluate(
 
         harness = Harness(base, record.inputs[0].digest, **how)
         missing = [task for task in found if task.name not in old_results]
-        new = harness.score(candidate, kind, weights, missing, splits)
+        content = record.inputs[len(models) - 1].digest
+        new = harness.score(candidate, kind, weights, missing, splits, content=content)
         results = old_results | {t: {s: of[s].summary() for s in of} for t, of in new.items()}
         items = old_items | {t: {s: of[s].items() for s in of} for t, of in new.items()}
         head = {"candidate": candidate, "kind": kind}
@@ -107,6 +104,28 @@ def evaluate(
         write_json(folder / ITEMS, {name: items[name] for name in tasks})
 
     return produce(out, record, work)
+
+
+def scoring_key(
+    base: Path, *, tasks: Sequence[str], splits: Sequence[str], include: str, **how: Any
+) -> str:
+    """What decides the scores of a merge beside its weights: base, tasks, settings, code.
+
+    Args:
+        base: folder of the base.
+        tasks: as in `evaluate`.
+        splits: as in `evaluate`.
+        include: as in `evaluate`.
+        **how: the other settings of `evaluate`.
+    """
+    found = find_tasks(tasks, Path(include))
+    return _record({"base": base}, found, splits=list(splits), **how).key
+
+
+def _record(models: Mapping[str, Path], tasks: Sequence[TaskFiles], **params: Any) -> Lineage:
+    tools = {tool: metadata.version(tool) for tool in TOOLS[:2]}
+    inputs = (*(_model(role, folder) for role, folder in models.items()), *map(_task, tasks))
+    return Lineage(STAGE, {"format": FORMAT, **params, **tools}, inputs)
 
 
 def _model(role: str, folder: Path) -> Source:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from poemerge.adapter import is_adapter
 from poemerge.merge import expert_weights
 from tasks.evaluate.lm_tasks import Score, load_task
-from tasks.evaluate.scorer import load_scorer, put_weights
+from tasks.evaluate.scorer import load_scorer
 from tasks.evaluate.task_files import TaskFiles
 
 logger = logging.getLogger(__name__)
@@ -50,15 +50,18 @@ class Harness:
         weights: Path | None,
         tasks: Sequence[TaskFiles],
         splits: Sequence[str],
+        *,
+        content: str,
     ) -> dict[str, dict[str, Score]]:
-        """Task → split → score of one candidate."""
+        """Task → split → score of one candidate; `content` is the digest of its files."""
         with _ONE_AT_A_TIME, _quiet():
             loaded = {task.name: load_task(task) for task in tasks}
             wanted = [(t, s, loaded[t].split(s, self.validation)) for t in loaded for s in splits]
             if not wanted:
                 return {}
             scorer = load_scorer(self.base, self.digest, self.dtype, self.device, self.batch_size)
-            put_weights(scorer.model, self._weights(kind, weights), str(weights or self.base))
+            where = str(weights or self.base)
+            scorer.fill(partial(self._weights, kind, weights), f"{kind} {content}", where)
             scores: dict[str, dict[str, Score]] = {name: {} for name in loaded}
             for name, split, dataset_split in wanted:
                 found = loaded[name].score(scorer, dataset_split, self.limit, self.seed)

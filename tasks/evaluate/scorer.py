@@ -1,6 +1,6 @@
 """One transformers model for all candidates: lm-eval's view of it, and how weights get into it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -37,6 +37,22 @@ class Scorer(HFLM):  # type: ignore[misc]
             self.backend == "causal" and "logits_to_keep" in signature(model.forward).parameters
         )
         self._last = 0  # positions to keep, of the longest request; 0 for all
+        self._holds = ""  # whose weights are in the model
+
+    def fill(
+        self, weights: Callable[[], Iterable[tuple[str, Tensor]]], who: str, where: str
+    ) -> None:
+        """Put weights into the model, unless they are there from the time before.
+
+        Args:
+            weights: gives name → tensor, as stored.
+            who: says which weights they are, to the byte.
+            where: whose they are, for the message.
+        """
+        if self._holds != who:
+            self._holds = ""  # if it fails, the model is a mixture
+            put_weights(self.model, weights(), where)
+            self._holds = who
 
     def _loglikelihood_tokens(
         self,

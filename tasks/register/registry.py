@@ -1,19 +1,16 @@
 """The MLflow side: a run for every candidate, and a model version for the best one."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
 from poemerge.errors import SourceError
@@ -21,12 +18,10 @@ from poemerge.lineage import RECORD, Lineage, Source, digest
 from tasks.dvc_store import reference
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Cost, Row, Sweep
+from tasks.tracking import connected, ending, experiment_id, flat, tracking_uri
 
-DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 DIGEST = "poemerge.digest"
 CHALLENGER, CHAMPION = "challenger", "champion"
-# Without it MLflow's pages open on traces of language model applications.
-EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
 
 
@@ -73,11 +68,6 @@ def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> E
     return Entry(name, best.label, method, base, model.digest, source, best.summary())
 
 
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
-
-
 def registered_lineage(ref: str) -> Lineage:
     """The record inside a registered model.
 
@@ -98,24 +88,6 @@ def registered_lineage(ref: str) -> Lineage:
     return found
 
 
-@contextmanager
-def connected() -> Iterator[MlflowClient]:
-    """A client of MLFLOW_TRACKING_URI (default: mlflow.db here), its database initialised.
-
-    Raises:
-        SourceError: MLflow refused something or cannot be reached.
-    """
-    uri = tracking_uri()
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-        yield client
-    except MlflowException as error:
-        reason = " ".join(str(error).split())
-        message = f"MLflow at {uri} refused ({reason}); mend it, or set MLFLOW_TRACKING_URI."
-        raise SourceError(message) from error
-
-
 def holds(name: str, digest: str) -> bool:
     """True if MLflow has a version of `name` with exactly these bytes."""
     with connected() as client:
@@ -127,11 +99,7 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
     board = sweep.board
     tags = {"poemerge.stage": "register", "poemerge.overrides": " ".join(sweep.overrides)}
     with connected() as client:
-        known = client.get_experiment_by_name(experiment)
-        if known is None:
-            place = client.create_experiment(experiment, tags=EXPERIMENT)
-        else:
-            place = known.experiment_id
+        place = experiment_id(client, experiment)
         with _run(client, place, entry.name, tags) as parent:
             client.log_dict(parent, board.as_json(), "leaderboard.json")
             client.log_dict(parent, dict(sweep.params), "params.yaml")
@@ -155,18 +123,14 @@ def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
 @contextmanager
 def _run(client: MlflowClient, place: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
     run = client.create_run(place, run_name=name, tags=dict(tags)).info.run_id
-    try:
+    with ending(client, run):
         yield run
-    except BaseException:
-        client.set_terminated(run, "FAILED")
-        raise
-    client.set_terminated(run)
 
 
 def _candidate(client: MlflowClient, place: str, parent: str, row: Row, sweep: Sweep) -> str:
     folder = sweep.merges[row.label] if row.kind == "merge" else None
     made = Lineage.find(folder) if folder else None
-    params = _flat(made.params) if made else {}
+    params = flat(made.params) if made else {}
     tags = {
         "mlflow.parentRunId": parent,
         "poemerge.kind": row.kind,
@@ -191,16 +155,6 @@ def _metrics(row: Row, cost: Cost) -> list[Metric]:
     values |= {key: value for key, value in vars(cost).items() if value is not None}
     now = get_current_time_millis()
     return [Metric(key, float(value), now, 0) for key, value in values.items()]
-
-
-def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return flat
 
 
 def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> ModelVersion:

@@ -1,11 +1,8 @@
 """The command line: exit codes, one sentence for a refusal, no output left behind."""
 
 import json
-import logging
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,20 +17,6 @@ HEAVY = ("torch", "prefect", "mlflow", "dvc", "lm_eval", "transformers", "pydant
 def poemerge(*arguments: object) -> Result:
     """Run a command as a user would; an exception that is not caught fails the test."""
     return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    """A command sets loggers and environment of its process, which here is that of all tests."""
-    environment = dict(os.environ)
-    loggers = [logging.getLogger(name) for name in ("poemerge", "tasks", "flows")]
-    before = [(log.level, log.handlers, log.propagate) for log in loggers]
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    for log, (level, handlers, propagate) in zip(loggers, before, strict=True):
-        log.setLevel(level)
-        log.handlers, log.propagate = handlers, propagate
 
 
 @pytest.fixture
