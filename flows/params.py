@@ -81,14 +81,24 @@ class RegisterParams(Section):
     store: Literal["dvc", "copy"]
 
 
+class ReportParams(Section):
+    """How closely the report looks into the merges."""
+
+    detail: int = Field(ge=0)
+    side: Literal["output", "input"]
+    seed: int = Field(ge=0)
+    device: str
+
+
 class Params(Section):
-    """The five sections, named like the stages."""
+    """The six sections, named like the stages."""
 
     fetch: FetchParams
     task_vectors: TaskVectorsParams
     merge: MergeParams
     evaluate: EvaluateParams
     register_: RegisterParams = Field(alias="register")
+    report: ReportParams
 
     @property
     def sections(self) -> Mapping[str, Any]:

@@ -69,6 +69,11 @@ class Places:
         """The leaderboard and what was registered."""
         return self.own / "register"
 
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.own / "report"
+
     def stale(self) -> list[Path]:
         """Plain outputs of candidates that params.yaml names no more; DVC's cache keeps them."""
         kept = {place(label) for label in self.plain.merge.methods for place in self._of_candidate}
@@ -91,14 +96,15 @@ class Places:
 
         Returns:
             `made`: names of the steps that had something to do; `base`: what was merged into;
-            `register`: folder of the leaderboard; `merges` and `logs`: where each candidate's model
-            and its cost lie.
+            `register` and `report`: folders of the leaderboard and of the page; `merges` and
+            `logs`: where each candidate's model and its cost lie.
         """
         labels = self.params.merge.methods
         return {
             "made": made,
             "base": self.params.fetch.base.source,
             "register": str(self.register),
+            "report": str(self.report),
             "merges": {label: str(self.merge(label)) for label in labels},
             "logs": {label: str(self.log("merge", label)) for label in labels},
         }

@@ -1,6 +1,5 @@
 """The register stage: build the leaderboard, choose the best merge, hand it to MLflow."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,14 +21,9 @@ from tasks.register.leaderboard import (
     read_costs,
     read_scores,
 )
+from tasks.tracking import calm_down
 
 FORMAT = "poemerge/registration/1"  # raise it when the files of this stage change their meaning
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits for minutes for a dead server
-}
 
 
 @task
@@ -94,8 +88,7 @@ def register(
     models = {label: Path(folder) for label, folder in merges.items()}
     sweep = Sweep(board, models, read_costs(logs), params, tuple(overrides))
 
-    for key, value in QUIET.items():  # MLflow reads them when it is imported
-        os.environ.setdefault(key, value)
+    calm_down()
     from tasks.register import registry  # noqa: PLC0415  MLflow, DVC and matplotlib: 2 s
 
     def announce(folder: Path | None = None) -> None:

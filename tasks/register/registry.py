@@ -13,7 +13,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
 from poemerge.errors import SourceError
@@ -21,9 +20,10 @@ from poemerge.lineage import RECORD, Lineage, Source, digest
 from tasks.dvc_store import reference
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Cost, Row, Sweep
+from tasks.tracking import connected, tracking_uri
 
-DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 DIGEST = "poemerge.digest"
+LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
 CHALLENGER, CHAMPION = "challenger", "champion"
 # Without it MLflow's pages open on traces of language model applications.
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
@@ -73,11 +73,6 @@ def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> E
     return Entry(name, best.label, method, base, model.digest, source, best.summary())
 
 
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
-
-
 def registered_lineage(ref: str) -> Lineage:
     """The record inside a registered model.
 
@@ -98,24 +93,6 @@ def registered_lineage(ref: str) -> Lineage:
     return found
 
 
-@contextmanager
-def connected() -> Iterator[MlflowClient]:
-    """A client of MLFLOW_TRACKING_URI (default: mlflow.db here), its database initialised.
-
-    Raises:
-        SourceError: MLflow refused something or cannot be reached.
-    """
-    uri = tracking_uri()
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-        yield client
-    except MlflowException as error:
-        reason = " ".join(str(error).split())
-        message = f"MLflow at {uri} refused ({reason}); mend it, or set MLFLOW_TRACKING_URI."
-        raise SourceError(message) from error
-
-
 def holds(name: str, digest: str) -> bool:
     """True if MLflow has a version of `name` with exactly these bytes."""
     with connected() as client:
@@ -125,7 +102,11 @@ def holds(name: str, digest: str) -> bool:
 def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
     """Log all candidates and register the best: challenger, and champion if there is none."""
     board = sweep.board
-    tags = {"poemerge.stage": "register", "poemerge.overrides": " ".join(sweep.overrides)}
+    tags = {
+        "poemerge.stage": "register",
+        "poemerge.overrides": " ".join(sweep.overrides),
+        LEADERBOARD: digest(board.as_json()),
+    }
     with connected() as client:
         known = client.get_experiment_by_name(experiment)
         if known is None:

@@ -70,6 +70,7 @@ def test_the_first_run_does_everything(finished: tuple[Path, dict]) -> None:
         *("evaluate base", "evaluate red", "evaluate blue"),
         *(f"evaluate {method}" for method in METHODS),
         "register",
+        "report",
     ]
     board = json.loads((folder / "artifacts/register/leaderboard.json").read_text())
     merges = [row for row in board["rows"] if row["kind"] == "merge"]
@@ -127,7 +128,7 @@ def test_repro_alone_writes_the_same_lock(done: Path) -> None:
 def test_one_number_changes_one_merge(done: Path) -> None:
     params = done / "params.yaml"
     params.write_text(params.read_text().replace("keep: 0.5", "keep: 0.25"))
-    assert pipeline()["made"] == ["merge ties", "evaluate ties", "register"]
+    assert pipeline()["made"] == ["merge ties", "evaluate ties", "register", "report"]
     assert "up to date" in dvc("status")
 
 
@@ -135,7 +136,7 @@ def test_overrides_leave_params_and_lock_alone(done: Path) -> None:
     before = {name: (done / name).read_bytes() for name in ("dvc.lock", "params.yaml")}
     overrides = ["merge.methods.ties.keep=0.25"]
     outcome = pipeline(overrides=overrides)
-    assert outcome["made"] == ["merge ties", "evaluate ties", "register"]
+    assert outcome["made"] == ["merge ties", "evaluate ties", "register", "report"]
     assert {name: (done / name).read_bytes() for name in before} == before
     assert "up to date" in dvc("status")
     assert Lineage.find(Path(outcome["merges"]["ties"])).params["settings"]["keep"] == 0.25

@@ -1,0 +1,141 @@
+"""Whether the residuals are heavy-tailed, and where a merge is unsure."""
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+from tasks.report.figures import layers as layer_figures
+from tasks.report.figures import tails as figures
+from tasks.report.numbers import Numbers
+from tasks.report.page import Column, Picture, Section, Table
+
+FORMULAS = {"output": "Aᵀ(M − A)", "input": "(M − A)Aᵀ"}
+# Of a matrix: name of the picture, what is on the axis, caption, levels to name.
+LAYERED: Mapping[str, tuple[str, str, str, Mapping[str, float]]] = {
+    "nu": (
+        "freedom",
+        "degrees of freedom ν",
+        "Of the Student-t fit to each matrix: 1 is a Cauchy density, from about 30 on a Gaussian.",
+        {"Cauchy": 1.0},
+    ),
+    "tail_index": (
+        "tail-index",
+        "tail index",
+        "How fast the largest entries thin out: the smaller, the heavier the tail.",
+        {"no variance below": 2.0},
+    ),
+}
+
+
+def residuals(numbers: Numbers) -> Section | None:
+    """Densities and fits under several merges, and what they come to in plain words."""
+    found = {label: d.residuals for label, d in numbers.details.items() if d.residuals}
+    if not found:
+        return None
+    first, *_ = found
+    best = figures.FAMILIES[found[first]["best"]]
+    explained = (
+        "A residual is that part of the disagreement between the merged update M and an expert's "
+        f"update A which lies along the expert's own directions, {FORMULAS[found[first]['side']]}. "
+        "Where its density falls as a straight line on these axes the tail is heavy, and Gaussian "
+        "experts would count what lies there for too much."
+    )
+    alt = (
+        f"Densities of residuals with four fits, for {', '.join(found)}, on logarithmic axes. "
+        f"Under {first} {best} fits best; a Student-t fit has {found[first]['nu']:.2g} degrees of "
+        "freedom."
+    )
+    caption = "Dots are residuals, lines are fits; the thick line is the most likely."
+    pictures = [Picture("residuals", alt, caption, partial(figures.densities, found))]
+    if numbers.has_layers(found[first]["tensors"]):
+        pictures += [_by_layer(numbers, found, key) for key in LAYERED]
+    tables = (_fits(found), _each(first, found[first]))
+    words = (explained, *_verdicts(found))
+    return Section("residuals", "Are the residuals heavy-tailed?", words, pictures, tables)
+
+
+def uncertainty(numbers: Numbers) -> Section | None:
+    """Where the mode is sharp and where it is not."""
+    found = {label: d.uncertainty for label, d in numbers.details.items() if d.uncertainty}
+    if not found:
+        return None
+    series = {k: {n: t["relative_std"] for n, t in u["tensors"].items()} for k, u in found.items()}
+    first, own = next(iter(series.items()))
+    least = max(own, key=lambda name: own[name])
+    told = f"{first} is least sure of {least}, {own[least]:.2g}."
+    words = (
+        "A merge is the mode of a density. Where that is wide, other weights would have done "
+        f"nearly as well: the experts do not decide there. {told}"
+    )
+    alt = (
+        f"Relative standard deviation of the merge in every layer for {', '.join(series)}, a panel "
+        f"for each kind of matrix. {told}"
+    )
+    caption = f"Laplace's approximation at the mode: {found[first]['unit']}"
+    label = "relative standard deviation"
+    draw = partial(layer_figures.lines, numbers, series=series, label=label)
+    columns = [Column("matrix", None), *(Column(label, ".3g") for label in series)]
+    rows = [[name, *(by.get(name) for by in series.values())] for name in own]
+    table = Table("Relative standard deviation in each matrix", columns, rows, folded=True)
+    pictures = (Picture("uncertainty", alt, caption, draw),) if numbers.has_layers(own) else ()
+    return Section("uncertainty", "Where the merge is unsure", (words,), pictures, (table,))
+
+
+def _verdicts(found: Mapping[str, Any]) -> list[str]:
+    """The first merge's sentence, who shares it, and the sentences of those who differ."""
+    first, *others = found
+    same = [label for label in others if found[label]["best"] == found[first]["best"]]
+    told = f"Under {first}: {found[first]['verdict']}"
+    if same:
+        told += f" So it is under {', '.join(same)}."
+    return [told, *(f"Under {k}: {found[k]['verdict']}" for k in others if k not in same)]
+
+
+def _by_layer(numbers: Numbers, found: Mapping[str, Any], key: str) -> Picture:
+    series = {k: {n: t[key] for n, t in each["tensors"].items()} for k, each in found.items()}
+    first, *_ = series
+    name, label, caption, marks = LAYERED[key]
+    alt = (
+        f"{label.capitalize()} of the residuals in every layer for {', '.join(found)}, a panel for "
+        f"each kind of matrix. Under {first} the median is {median(series[first].values()):.2g}."
+    )
+    draw = partial(layer_figures.lines, numbers, series=series, label=label, marks=marks)
+    return Picture(name, alt, caption, draw)
+
+
+def _fits(found: Mapping[str, Any]) -> Table:
+    families = figures.FAMILIES
+    columns = [
+        Column("merge", None),
+        *(Column(name, ".4f") for name in families.values()),
+        Column("best", None),
+        Column("ν", ".2f"),
+        Column("tail index", ".2f"),
+        Column("entries", ",.0f"),
+    ]
+    rows = [
+        [
+            label,
+            *(each["fits"][family]["log_likelihood"] for family in families),
+            families[each["best"]],
+            *(each[key] for key in ("nu", "tail_index", "entries")),
+        ]
+        for label, each in found.items()
+    ]
+    return Table("Mean log-likelihood of an entry in nats: higher is better", columns, rows)
+
+
+def _each(label: str, found: Mapping[str, Any]) -> Table:
+    columns = [
+        Column("matrix", None),
+        Column("best", None),
+        Column("ν", ".2f"),
+        Column("tail index", ".2f"),
+        Column("scale", ".2e"),
+    ]
+    rows = [
+        [name, figures.FAMILIES[t["best"]], *(t[key] for key in ("nu", "tail_index", "scale"))]
+        for name, t in found["tensors"].items()
+    ]
+    return Table(f"Residuals in each matrix of {label}", columns, rows, folded=True)
