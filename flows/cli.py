@@ -311,7 +311,7 @@ def report(
     out: Path | None,
     *,
     show: bool,
-    **how: Any,
+    **choices: Any,
 ) -> None:
     """Write one HTML page with all there is to see of a run, or of one merged model.
 
@@ -328,7 +328,7 @@ def report(
     given = _resolve(base, experts) if base else {}
     sources = Sources.find(folder, given.pop("base", None), given)
     out = out or sources.default_out(folder)
-    made = write_report(sources, out, **how)
+    made = write_report(sources, out, **choices)
     click.echo(f"{out / PAGE}{'' if made else ' was up to date'}")
     if show:
         click.launch(str(out / PAGE))

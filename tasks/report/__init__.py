@@ -1,7 +1,7 @@
 """The report stage: one page with everything there is to see of a run, and its pictures."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -119,26 +119,15 @@ def write_report(
 
     def work(folder: Path) -> None:
         numbers = gather(sources, seed=seed)
-        look = Look(sources.base, sources.experts, side, seed, device) if sources.base else None
-        shown = [merge.label for merge in numbers.ranked][:detail]
-        numbers = replace(numbers, details=_details(numbers, shown, sources, look, _known(out)))
+        if sources.base is not None:
+            look = Look(sources.base, sources.experts, side, seed, device)
+            known, shown = _known(out), numbers.ranked[:detail]
+            found = {m.label: look.into(sources.merges[m.label], m, known) for m in shown}
+            statistics = numbers.statistics or look.statistics()
+            numbers = replace(numbers, details=found, statistics=statistics)
         _write(folder, numbers)
 
     return produce(out, record, work)
-
-
-def _details(
-    numbers: Numbers,
-    shown: Sequence[str],
-    sources: Sources,
-    look: Look | None,
-    known: Mapping[str, Detail],
-) -> dict[str, Detail]:
-    if look is None or not look.experts:
-        return {}
-    return {
-        label: look.into(sources.merges[label], numbers.merges[label], known) for label in shown
-    }
 
 
 def _write(folder: Path, numbers: Numbers) -> None:

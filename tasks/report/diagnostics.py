@@ -1,10 +1,9 @@
 """What needs the weights themselves: residuals of a merge, and how sure its mode is."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +23,8 @@ class Detail:
 
     Attributes:
         key: of all that decides it, so that it is not computed again.
-        residuals: see `poemerge.residuals.describe_residuals`; empty where it cannot be known.
-        uncertainty: see `poemerge.posterior.describe_uncertainty`; of products of experts alone.
+        residuals: as `describe_residuals` gives them; empty where they cannot be known.
+        uncertainty: as `describe_uncertainty` gives it; of products of experts alone.
     """
 
     key: str
@@ -69,20 +68,34 @@ class Look:
             self._uncertainty(merge) if merge.is_solved else {},
         )
 
+    def statistics(self) -> Mapping[str, Any]:
+        """Of the experts' task vectors, where no stage has left them."""
+        from poemerge.statistics import describe_task_vectors  # noqa: PLC0415 - imports torch
+
+        return describe_task_vectors(self.base, self.experts)
+
     def _key(self, merged: Path) -> str:
         folders = {"base": self.base, **self.experts, "merged": merged}
         sources = [[name, Source(name, hash_files(path)).digest] for name, path in folders.items()]
         return digest([sources, self.side, self.seed, self.device, core_code()])
 
     def _residuals(self, merged: Path, strength: float) -> Mapping[str, Any]:
-        if find_spec("poemerge.residuals") is None or strength == 0:
+        describe = _find("poemerge.residuals.describe", "describe_residuals")
+        if describe is None or strength == 0:  # at 0 the merge is the base
             return {}
-        describe = import_module("poemerge.residuals").describe_residuals
         given = {"strength": strength, "side": self.side, "seed": self.seed}
         return describe(self.base, self.experts, merged, **given)
 
     def _uncertainty(self, merge: "Merge") -> Mapping[str, Any]:
-        if find_spec("poemerge.posterior") is None:
+        describe = _find("poemerge.posterior.uncertainty", "describe_uncertainty")
+        if describe is None:
             return {}
-        describe = import_module("poemerge.posterior").describe_uncertainty
         return describe(self.base, self.experts, merge.method, merge.settings, device=self.device)
+
+
+def _find(module: str, name: str) -> Callable[..., dict[str, Any]] | None:
+    """A part of the core that not every version has."""
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError:
+        return None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tasks.report.figures.style import DARK, LIGHT, THEMES, Theme, png, themed
@@ -122,8 +121,8 @@ def render(
         title=title,
         summary=summary,
         sections=sections,
-        style=Markup(style),  # noqa: S704 - our own files
-        script=Markup(script),  # noqa: S704
+        style=style,
+        script=script,
         policy=policy,
         light=LIGHT,
         dark=DARK,

@@ -24,6 +24,11 @@ def own_scores(numbers: Numbers) -> dict[str, float]:
     return {e.label: e.scores[e.label] for e in numbers.of("expert")}
 
 
+def elsewhere(numbers: Numbers) -> tuple[Candidate, ...]:
+    """The experts that were scored on all tasks, not on their own alone."""
+    return tuple(e for e in numbers.of("expert") if e.scores.keys() == set(numbers.tasks))
+
+
 def leaderboard(numbers: Numbers, theme: Theme) -> Figure:
     """Dots with intervals, hollow where the best is really ahead."""
     rows = [*numbers.of("merge"), *numbers.of("base")]
@@ -66,7 +71,7 @@ def _mark_ceiling(axes: Axes, value: float | None, theme: Theme) -> None:
 
 def heatmap(numbers: Numbers, theme: Theme) -> Figure:
     """Scores in the cells, coloured by how far they are from the task's own expert."""
-    rows = [*numbers.of("merge"), *numbers.of("base")]
+    rows = [*numbers.of("merge"), *numbers.of("base"), *elsewhere(numbers)]
     own = own_scores(numbers)
     scores = np.array([[row.scores[task] for task in numbers.tasks] for row in rows])
     target = np.array([own.get(task, scores[:, i].max()) for i, task in enumerate(numbers.tasks)])
@@ -76,7 +81,7 @@ def heatmap(numbers: Numbers, theme: Theme) -> Figure:
     axes = figure.subplots()
     shown = np.vstack([np.zeros(len(target)), gaps])
     image = axes.imshow(shown, cmap=theme.diverging, vmin=-reach, vmax=reach, aspect="auto")
-    grid_of_cells(axes, ["own expert", *(row.label for row in rows)], numbers.tasks)
+    grid_of_cells(axes, ["own expert", *map(_name, rows)], numbers.tasks)
     _write(axes, np.vstack([target, scores]), image.to_rgba(shown), theme)
     axes.axhline(0.5, color=theme.faint, linewidth=1)
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40)
@@ -84,6 +89,10 @@ def heatmap(numbers: Numbers, theme: Theme) -> Figure:
     bar.ax.set_xlim(min(0.0, gaps.min()), max(0.0, gaps.max()))
     bar.set_label("points from the task's own expert")
     return figure
+
+
+def _name(row: Candidate) -> str:
+    return f"expert {row.label}" if row.kind == "expert" else row.label
 
 
 def _write(axes: Axes, values: np.ndarray, colours: np.ndarray, theme: Theme) -> None:

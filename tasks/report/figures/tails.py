@@ -42,16 +42,19 @@ def densities(residuals: Mapping[str, Mapping[str, Any]], theme: Theme) -> Figur
 
 def _seen(found: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Centres of the bins, and the densities there, of those bins that hold something."""
-    edges = np.asarray(found["histogram"]["edges"], float)
     density = np.asarray(found["histogram"]["density"], float)
-    centres = np.sqrt(edges[1:] * edges[:-1])
-    return centres[density > 0], density[density > 0]
+    return _centres(found)[density > 0], density[density > 0]
+
+
+def _centres(found: Mapping[str, Any]) -> np.ndarray:
+    """Of the bins, whose edges are spaced in logarithms."""
+    edges = np.asarray(found["histogram"]["edges"], float)
+    return np.sqrt(edges[1:] * edges[:-1])
 
 
 def _panel(axis: Axes, found: Mapping[str, Any], theme: Theme) -> None:
     axis.plot(*_seen(found), "o", color=theme.faint, markersize=2.4, label="residuals", zorder=1)
-    edges = np.asarray(found["histogram"]["edges"], float)
-    centres = np.sqrt(edges[1:] * edges[:-1])
+    centres = _centres(found)
     for family, name in FAMILIES.items():
         best = family == found["best"]
         axis.plot(

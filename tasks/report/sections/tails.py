@@ -30,9 +30,12 @@ LAYERED: Mapping[str, tuple[str, str, str, Mapping[str, float]]] = {
 
 def residuals(numbers: Numbers) -> Section | None:
     """Densities and fits under several merges, and what they come to in plain words."""
-    found = {label: d.residuals for label, d in numbers.details.items() if d.residuals}
+    described = {label: d.residuals for label, d in numbers.details.items() if d.residuals}
+    verdicts = [f"Under {label}: {each['verdict']}" for label, each in described.items()]
+    found = {label: each for label, each in described.items() if each["best"]}
+    title = "Are the residuals heavy-tailed?"
     if not found:
-        return None
+        return Section("residuals", title, verdicts) if verdicts else None
     first, *_ = found
     best = figures.FAMILIES[found[first]["best"]]
     explained = (
@@ -48,11 +51,10 @@ def residuals(numbers: Numbers) -> Section | None:
     )
     caption = "Dots are residuals, lines are fits; the thick line is the most likely."
     pictures = [Picture("residuals", alt, caption, partial(figures.densities, found))]
-    if numbers.has_layers(found[first]["tensors"]):
+    if numbers.has_layers(_known(found[first]["tensors"], "nu")):
         pictures += [_by_layer(numbers, found, key) for key in LAYERED]
     tables = (_fits(found), _each(first, found[first]))
-    words = (explained, *_verdicts(found))
-    return Section("residuals", "Are the residuals heavy-tailed?", words, pictures, tables)
+    return Section("residuals", title, (explained, *verdicts), pictures, tables)
 
 
 def uncertainty(numbers: Numbers) -> Section | None:
@@ -82,18 +84,13 @@ def uncertainty(numbers: Numbers) -> Section | None:
     return Section("uncertainty", "Where the merge is unsure", (words,), pictures, (table,))
 
 
-def _verdicts(found: Mapping[str, Any]) -> list[str]:
-    """The first merge's sentence, who shares it, and the sentences of those who differ."""
-    first, *others = found
-    same = [label for label in others if found[label]["best"] == found[first]["best"]]
-    told = f"Under {first}: {found[first]['verdict']}"
-    if same:
-        told += f" So it is under {', '.join(same)}."
-    return [told, *(f"Under {k}: {found[k]['verdict']}" for k in others if k not in same)]
+def _known(tensors: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Matrix → number, of the matrices that have one."""
+    return {name: each[key] for name, each in tensors.items() if each[key] is not None}
 
 
 def _by_layer(numbers: Numbers, found: Mapping[str, Any], key: str) -> Picture:
-    series = {k: {n: t[key] for n, t in each["tensors"].items()} for k, each in found.items()}
+    series = {k: _known(each["tensors"], key) for k, each in found.items()}
     first, *_ = series
     name, label, caption, marks = LAYERED[key]
     alt = (
@@ -135,7 +132,7 @@ def _each(label: str, found: Mapping[str, Any]) -> Table:
         Column("scale", ".2e"),
     ]
     rows = [
-        [name, figures.FAMILIES[t["best"]], *(t[key] for key in ("nu", "tail_index", "scale"))]
+        [name, figures.FAMILIES.get(t["best"]), *(t[key] for key in ("nu", "tail_index", "scale"))]
         for name, t in found["tensors"].items()
     ]
     return Table(f"Residuals in each matrix of {label}", columns, rows, folded=True)
