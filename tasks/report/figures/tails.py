@@ -40,6 +40,12 @@ def densities(residuals: Mapping[str, Mapping[str, Any]], theme: Theme) -> Figur
     return figure
 
 
+def tail_of(found: Mapping[str, Any]) -> float | None:
+    """The tail index of a matrix or of all; None where nothing could be told."""
+    index = found["tail_index"]
+    return None if index is None else float(index["estimate"])
+
+
 def _seen(found: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Centres of the bins, and the densities there, of those bins that hold something."""
     density = np.asarray(found["histogram"]["density"], float)
@@ -65,6 +71,6 @@ def _panel(axis: Axes, found: Mapping[str, Any], theme: Theme) -> None:
             dashes=DASHES[family],
             label=name,
         )
-    words = f"best: {FAMILIES[found['best']]}\nν = {found['nu']:.2g}\n"
-    words += f"tail index {found['tail_index']:.2g}"
+    words, tail = f"best: {FAMILIES[found['best']]}\nν = {found['nu']:.2g}", tail_of(found)
+    words += "" if tail is None else f"\ntail index {tail:.2g}"
     axis.text(0.04, 0.05, words, transform=axis.transAxes, fontsize=SMALL, va="bottom")

@@ -1,6 +1,6 @@
 """Whether the residuals are heavy-tailed, and where a merge is unsure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -11,21 +11,6 @@ from tasks.report.numbers import Numbers
 from tasks.report.page import Column, Picture, Section, Table
 
 FORMULAS = {"output": "Aᵀ(M − A)", "input": "(M − A)Aᵀ"}
-# Of a matrix: name of the picture, what is on the axis, caption, levels to name.
-LAYERED: Mapping[str, tuple[str, str, str, Mapping[str, float]]] = {
-    "nu": (
-        "freedom",
-        "degrees of freedom ν",
-        "Of the Student-t fit to each matrix: 1 is a Cauchy density, from about 30 on a Gaussian.",
-        {"Cauchy": 1.0},
-    ),
-    "tail_index": (
-        "tail-index",
-        "tail index",
-        "How fast the largest entries thin out: the smaller, the heavier the tail.",
-        {"no variance below": 2.0},
-    ),
-}
 
 
 def residuals(numbers: Numbers) -> Section | None:
@@ -51,8 +36,7 @@ def residuals(numbers: Numbers) -> Section | None:
     )
     caption = "Dots are residuals, lines are fits; the thick line is the most likely."
     pictures = [Picture("residuals", alt, caption, partial(figures.densities, found))]
-    if numbers.has_layers(_known(found[first]["tensors"], "nu")):
-        pictures += [_by_layer(numbers, found, key) for key in LAYERED]
+    pictures += _by_layer(numbers, found)
     tables = (_fits(found), _each(first, found[first]))
     return Section("residuals", title, (explained, *verdicts), pictures, tables)
 
@@ -84,21 +68,46 @@ def uncertainty(numbers: Numbers) -> Section | None:
     return Section("uncertainty", "Where the merge is unsure", (words,), pictures, (table,))
 
 
-def _known(tensors: Mapping[str, Any], key: str) -> dict[str, float]:
-    """Matrix → number, of the matrices that have one."""
-    return {name: each[key] for name, each in tensors.items() if each[key] is not None}
+def _by_layer(numbers: Numbers, found: Mapping[str, Any]) -> list[Picture]:
+    """Degrees of freedom and tail indices over the depth, where the matrices have layers."""
+    freedom = {k: _known(each, lambda tensor: tensor["nu"]) for k, each in found.items()}
+    tails = {k: _known(each, figures.tail_of) for k, each in found.items()}
+    told = "1 is a Cauchy density, from about 30 on it is a Gaussian."
+    thin = "How fast the largest entries thin out; the smaller, the heavier the tail."
+    drawn = (
+        ("freedom", freedom, "degrees of freedom ν", told, {"Cauchy": 1.0}),
+        ("tail-index", tails, "tail index", thin, {"no variance below": 2.0}),
+    )
+    return [
+        _layered(numbers, name, series, label, caption, marks)
+        for name, series, label, caption, marks in drawn
+        if any(map(numbers.has_layers, series.values()))
+    ]
 
 
-def _by_layer(numbers: Numbers, found: Mapping[str, Any], key: str) -> Picture:
-    series = {k: _known(each["tensors"], key) for k, each in found.items()}
-    first, *_ = series
-    name, label, caption, marks = LAYERED[key]
+def _layered(
+    numbers: Numbers,
+    name: str,
+    series: Mapping[str, Mapping[str, float]],
+    label: str,
+    caption: str,
+    marks: Mapping[str, float],
+) -> Picture:
+    first, own = next((k, by) for k, by in series.items() if by)
     alt = (
-        f"{label.capitalize()} of the residuals in every layer for {', '.join(found)}, a panel for "
-        f"each kind of matrix. Under {first} the median is {median(series[first].values()):.2g}."
+        f"{label.capitalize()} of the residuals in every layer for {', '.join(series)}, a panel "
+        f"for each kind of matrix. Under {first} the median is {median(own.values()):.2g}."
     )
     draw = partial(layer_figures.lines, numbers, series=series, label=label, marks=marks)
     return Picture(name, alt, caption, draw)
+
+
+def _known(
+    found: Mapping[str, Any], read: Callable[[Mapping[str, Any]], float | None]
+) -> dict[str, float]:
+    """Matrix → number, of the matrices that have one."""
+    numbers = {name: read(tensor) for name, tensor in found["tensors"].items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _fits(found: Mapping[str, Any]) -> Table:
@@ -116,7 +125,7 @@ def _fits(found: Mapping[str, Any]) -> Table:
             label,
             *(each["fits"][family]["log_likelihood"] for family in families),
             families[each["best"]],
-            *(each[key] for key in ("nu", "tail_index", "entries")),
+            *(each["nu"], figures.tail_of(each), each["entries"]),
         ]
         for label, each in found.items()
     ]
@@ -130,9 +139,15 @@ def _each(label: str, found: Mapping[str, Any]) -> Table:
         Column("ν", ".2f"),
         Column("tail index", ".2f"),
         Column("scale", ".2e"),
+        Column("left out for", None),
     ]
     rows = [
-        [name, figures.FAMILIES.get(t["best"]), *(t[key] for key in ("nu", "tail_index", "scale"))]
-        for name, t in found["tensors"].items()
+        [
+            name,
+            figures.FAMILIES.get(each["best"]),
+            *(each["nu"], figures.tail_of(each), each["scale"]),
+            each["left_out"],
+        ]
+        for name, each in found["tensors"].items()
     ]
     return Table(f"Residuals in each matrix of {label}", columns, rows, folded=True)
