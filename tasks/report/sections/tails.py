@@ -79,7 +79,7 @@ def _by_layer(numbers: Numbers, found: Mapping[str, Any]) -> list[Picture]:
         ("tail-index", tails, "tail index", thin, {"no variance below": 2.0}),
     )
     return [
-        _layered(numbers, name, series, label, caption, marks)
+        _layered(numbers, name, series, label=label, caption=caption, marks=marks)
         for name, series, label, caption, marks in drawn
         if any(map(numbers.has_layers, series.values()))
     ]
@@ -89,6 +89,7 @@ def _layered(
     numbers: Numbers,
     name: str,
     series: Mapping[str, Mapping[str, float]],
+    *,
     label: str,
     caption: str,
     marks: Mapping[str, float],
