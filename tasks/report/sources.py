@@ -13,6 +13,7 @@ from poemerge.report import REPORT
 BOARD = "leaderboard.json"
 ENTRY = "registration.json"
 STATISTICS = "task_vectors.json"
+AGAIN = "run `poemerge run` again"
 PLAIN = Path("artifacts")  # where a run with overrides leaves what they do not change
 
 
@@ -93,19 +94,23 @@ class Sources:
         return tuple(Source(name, hash_files(path)) for name, path in named.items())
 
     def check(self) -> None:
-        """See that the merges are those that were evaluated.
+        """See that leaderboard, evaluations and merges are of one run.
 
         Raises:
             SourceError: one was made again since.
         """
+        record = Lineage.find(self.register) if self.register else None
+        compared = {source.name: source.files for source in record.inputs} if record else {}
+        for kind, folders in self.evaluations.items():
+            for label, folder in folders.items():
+                if compared.get(f"{kind} {label}") != hash_files(folder):
+                    raise SourceError(f"{self.register} compares another {folder}; {AGAIN}.")
         for label, folder in self.evaluations.get("merge", {}).items():
-            scored, made = Lineage.find(folder), Lineage.find(self.merges[label])
-            outputs = dict(made.outputs).items() if made else {}.items()
-            if scored and not any(s.files.items() <= outputs for s in scored.inputs if s.files):
-                raise SourceError(
-                    f"{folder} was made from other bytes than {self.merges[label]} has; run "
-                    "`poemerge run` again."
-                )
+            scored, merged = Lineage.find(folder), self.merges[label]
+            bytes_of = hash_files(merged).items()
+            read = [source.files.items() for source in scored.inputs] if scored else []
+            if not any(files and files <= bytes_of for files in read):
+                raise SourceError(f"{folder} was made from other bytes than {merged}; {AGAIN}.")
 
 
 KINDS = ("base", "expert", "merge")
@@ -120,7 +125,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path} is unreadable ({error}); run `poemerge run` again.") from error
+        raise SourceError(f"{path} is unreadable ({error}); {AGAIN}.") from error
 
 
 def _place(run: Path, name: str) -> Path:
@@ -129,4 +134,4 @@ def _place(run: Path, name: str) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise SourceError(f"{places[0]} is not there any more; run `poemerge run` again.")
+    raise SourceError(f"{places[0]} is not there any more; {AGAIN}.")

@@ -172,7 +172,8 @@ def log_scale(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers: 1, 2, 5 where it spans little, else powers of 10."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    steps = (1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_minor_locator(NullLocator())
     if high < 1e4 * low:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
