@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from poemerge.report import REPORT
 from tasks.report.layers import natural
-from tasks.report.sources import read
+from tasks.report.sources import REPORT, read
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, hash_files
-from poemerge.report import REPORT
 
+REPORT = "merge_report.json"  # as in poemerge.report, which imports torch
 BOARD = "leaderboard.json"
 ENTRY = "registration.json"
 STATISTICS = "task_vectors.json"
@@ -46,12 +46,13 @@ class Sources:
             experts: likewise.
 
         Raises:
-            SettingError: it is neither.
+            SettingError: it is neither, or was merged from other experts.
             SourceError: something that the run wrote is not there any more.
         """
         if (folder / "register" / BOARD).is_file():
             return cls._of_run(folder)
         if (folder / REPORT).is_file():
+            _check_given(folder, base, experts)
             return cls({folder.resolve().name: folder}, base, experts)
         raise SettingError(
             f"{folder} holds neither register/{BOARD} nor {REPORT}; give the folder of a run "
@@ -113,7 +114,21 @@ class Sources:
                 raise SourceError(f"{folder} was made from other bytes than {merged}; {AGAIN}.")
 
 
+NOT = ("none of the experts", "not the base")
 KINDS = ("base", "expert", "merge")
+
+
+def _check_given(merged: Path, base: Path | None, experts: Mapping[str, Path]) -> None:
+    """Refuse what the model was not merged from, as far as its record tells."""
+    record = Lineage.find(merged)
+    known = [source.files for source in record.inputs] if record else []
+    given = {**experts, "base": base} if base else {}
+    for name, folder in given.items():
+        if known and hash_files(folder) not in known:
+            raise SettingError(
+                f"{name!r} is {NOT[name == 'base']} that {merged} was merged from; see "
+                f"`poemerge lineage {merged}`."
+            )
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from prefect.artifacts import Artifact
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,6 +107,14 @@ def test_mlflow_holds_the_best(finished: tuple[Path, dict], monkeypatch) -> None
     assert hash_files(copy) == hash_files(Path(outcome["merges"][entry["candidate"]]))
 
 
+def test_prefect_links_the_page(finished: tuple[Path, dict]) -> None:
+    folder, outcome = finished
+    link = Artifact.get("report")
+    page = (folder / outcome["report"] / "index.html").resolve()
+    assert page.is_file()
+    assert page.as_uri() in link.data
+
+
 def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
     lock = (done / "dvc.lock").read_bytes()
     assert pipeline()["made"] == []
@@ -190,7 +199,7 @@ def test_the_command_runs_with_nothing_started(project: Path) -> None:
         command, cwd=project, check=False, capture_output=True, text=True, env=environment
     )
     assert ran.returncode == 0, ran.stderr
-    for word in (*METHODS, *TASKS, "norm", "mlflow ui"):
+    for word in (*METHODS, *TASKS, "norm", "mlflow ui", "artifacts/report/index.html"):
         assert word in ran.stdout
     refused = subprocess.run(
         [*command, "--set", "merge.methods.ties.kep=1"],
