@@ -56,6 +56,10 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
     """The leaderboard of a run and where everything lies."""
     from tasks.register.leaderboard import Leaderboard
 
+    if outcome["register"] is None:
+        for label, folder in outcome["merges"].items():
+            console.print(f"{label}: {folder}")
+        return
     register = Path(outcome["register"])
     board = Leaderboard.read(register / "leaderboard.json")
     entry = json.loads((register / "registration.json").read_text(encoding="utf-8"))

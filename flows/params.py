@@ -62,7 +62,7 @@ class EvaluateParams(Section):
     """What the candidates are scored on."""
 
     include: str
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[str]  # none: what lm-eval has no task for is merged, and neither scored nor chosen
     experts: Literal["own", "all"]
     validation: str
     limit: int | None = Field(ge=1)

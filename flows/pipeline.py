@@ -42,6 +42,9 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
     made = []
     for stage in STAGES:
         todo = list(steps(stage, places, tuple(overrides)))
+        if not todo:
+            logger.info("%s: left out, for evaluate.tasks is empty", stage)
+            continue
         made += [step.name for step in _run_stage(stage, todo)]
         if places.is_plain:
             versioning.commit(_dvc_names(stage, todo), tree)

@@ -96,15 +96,15 @@ class Places:
 
         Returns:
             `made`: names of the steps that had something to do; `base`: what was merged into;
-            `register` and `report`: folders of the leaderboard and of the page; `merges` and
-            `logs`: where each candidate's model and its cost lie.
+            `register` and `report`: folders of the leaderboard and of the page, None without tasks
+            to score; `merges` and `logs`: where each candidate's model and its cost lie.
         """
-        labels = self.params.merge.methods
+        labels, scored = self.params.merge.methods, bool(self.params.evaluate.tasks)
         return {
             "made": made,
             "base": self.params.fetch.base.source,
-            "register": str(self.register),
-            "report": str(self.report),
+            "register": str(self.register) if scored else None,
+            "report": str(self.report) if scored else None,
             "merges": {label: str(self.merge(label)) for label in labels},
             "logs": {label: str(self.log("merge", label)) for label in labels},
         }

@@ -105,7 +105,13 @@ def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]
 
 
 def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
-    """The base and the experts on test; the merges on validation too."""
+    """The base and the experts on test; the merges on validation too.
+
+    Without tasks there is nothing to evaluate, and by the scores of which to register.
+    """
+    every = list(params.evaluate.tasks)
+    if not every:
+        return
 
     def scoring(
         kind: str, candidate: str, weights: Path | None, tasks: list[str], splits: list[str]
@@ -122,7 +128,6 @@ def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Ca
         }
         return candidate, evaluate, arguments
 
-    every = list(params.evaluate.tasks)
     yield scoring("base", "base", None, every, ["test"])
     for name, folder in places.experts.items():
         if name in every:
@@ -133,6 +138,8 @@ def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Ca
 
 
 def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Iterator[Call]:
+    if not params.evaluate.tasks:
+        return
     labels = list(params.merge.methods)
     arguments = {
         "base": str(places.base),
@@ -148,6 +155,8 @@ def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Ite
 
 
 def _report(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
+    if not params.evaluate.tasks:
+        return
     arguments = {
         **_inputs(places),
         **_scored(params, places),

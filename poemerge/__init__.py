@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from poemerge.merge import merge_checkpoints
     from poemerge.methods import METHODS
     from poemerge.report import MergeReport
+    from poemerge.residuals.describe import describe_residuals
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,7 @@ __all__ = [
     "MergeReport",
     "PoemergeError",
     "__version__",
+    "describe_residuals",
     "extract_adapter",
     "merge_checkpoints",
 ]
@@ -32,6 +34,7 @@ _HOME = {
     "METHODS": "poemerge.methods",
     "MergeReport": "poemerge.report",
     "PoemergeError": "poemerge.errors",
+    "describe_residuals": "poemerge.residuals.describe",
     "extract_adapter": "poemerge.extract",
     "merge_checkpoints": "poemerge.merge",
 }

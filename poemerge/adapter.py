@@ -45,6 +45,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     rslora: bool
     fan_in_fan_out: bool
+    task: str | None  # PEFT's name for what the model is: CAUSAL_LM, SEQ_2_SEQ_LM, ...
 
     def rank_of(self, module: str) -> int:
         """R for a module such as `model.layers.0.self_attn.q_proj`."""
@@ -77,6 +78,23 @@ class Adapter(TensorFiles):
         self.base_layers = {n: key for n, key in whole.items() if BASE_LAYER in key}
         self.replaced = {n: key for n, key in whole.items() if BASE_LAYER not in key}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What it changes: tensor → shape of the update."""
+        factors = {name: self.shape(name)[::2] for name in self.factors}
+        return factors | {name: self.tensors[key].shape for name, key in self.replaced.items()}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the tensors as the base does, from here on.
+
+        Args:
+            names: name → the one so far; what is not in it keeps its own.
+        """
+        new = {old: name for name, old in names.items()}
+        self.factors = {new.get(n, n): pair for n, pair in self.factors.items()}
+        self.base_layers = {new.get(n, n): key for n, key in self.base_layers.items()}
+        self.replaced = {new.get(n, n): key for n, key in self.replaced.items()}
+
     def shape(self, name: str) -> tuple[int, int, int]:
         """(O, R, I) of the update of base tensor `name`, from the headers.
 
@@ -84,7 +102,7 @@ class Adapter(TensorFiles):
             CheckpointError: the factors do not multiply, or the config states another rank.
         """
         down, up = (self.tensors[key].shape for key in self.factors[name])
-        expected = self.lora.rank_of(name.removesuffix(".weight"))
+        expected = self.lora.rank_of(self._module(name))
         if not (len(up) == len(down) == 2 and up[1] == down[0] == expected):
             raise CheckpointError(
                 f"{name} in {self.folder / ADAPTER} has factors {up} and {down}, but {CONFIG} says "
@@ -98,7 +116,7 @@ class Adapter(TensorFiles):
         down, up = (self.read(key).float() for key in self.factors[name])
         if self.transposed(name):
             down, up = up.T, down.T
-        return LowRank(up * self.lora.scaling_of(name.removesuffix(".weight")), down)
+        return LowRank(up * self.lora.scaling_of(self._module(name)), down)
 
     def embeds(self, name: str) -> bool:
         """True if base tensor `name` is an embedding, whose factors PEFT names and turns apart."""
@@ -107,6 +125,10 @@ class Adapter(TensorFiles):
     def transposed(self, name: str) -> bool:
         """True if the factors on disk multiply to the transpose of the update."""
         return self.embeds(name) or self.lora.fan_in_fan_out
+
+    def _module(self, name: str) -> str:
+        """What the adapter itself calls the module of base tensor `name`; patterns speak of it."""
+        return _base_name(self.factors[name][0].rpartition(".lora_")[0])
 
     def _pair_factors(self) -> dict[str, tuple[str, str]]:
         """Base tensor → names of its two factors (A, B)."""
@@ -158,6 +180,7 @@ def _parse(path: Path) -> LoraConfig:
         alpha_pattern=config.get("alpha_pattern") or {},
         rslora=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        task=config.get("task_type"),
     )
 
 

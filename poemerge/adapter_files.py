@@ -36,6 +36,7 @@ def write_adapter(
     transposed: bool = False,
     whole: Mapping[str, Whole] | None = None,
     tied: bool = False,
+    task: str | None = None,
 ) -> None:
     """Write `updates` (base tensor name → factors) as `adapter_model.safetensors` and its config.
 
@@ -53,6 +54,7 @@ def write_adapter(
         whole: base tensor name → replacement (PEFT's `modules_to_save`). PEFT wants every tensor
             of such a module.
         tied: True if `whole` holds both ends of a tied pair, which PEFT then keeps tied.
+        task: PEFT's name for what the model is (`CAUSAL_LM`, ...); None for a plain one.
     """
     whole = whole or {}
     embeddings = {name for a in like for name in a.factors if a.embeds(name)}.union(embeddings)
@@ -66,8 +68,8 @@ def write_adapter(
         for name, kept in whole.items():
             writer.write(PREFIX + name, kept.read())
     ranks = {name.removesuffix(".weight"): update.rank for name, update in updates.items()}
-    config = _config(ranks, base_model) | {"fan_in_fan_out": transposed} | _saved(whole, tied=tied)
-    write_json(folder / CONFIG, config)
+    config = _config(ranks, base_model) | {"fan_in_fan_out": transposed, "task_type": task}
+    write_json(folder / CONFIG, config | _saved(whole, tied=tied))
 
 
 def _named_factors(
@@ -89,7 +91,6 @@ def _config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
     pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": common,
         "lora_alpha": common,

@@ -52,6 +52,7 @@ class TensorInfo:
 
 
 Rows = tuple[int, int]  # first row, and the one after the last
+ROWS = 4096  # read at a time where two tensors are compared
 
 
 class TensorFiles:
@@ -106,6 +107,14 @@ class TensorFiles:
                 raise CheckpointError(f"{self.folder / info.file} has shrunk; fetch it again.")
             done += count
         return tensor
+
+    def same(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """True if two matrices of one shape hold the same numbers; read some rows at a time."""
+        starts = range(0, one.shape[0], ROWS)
+        cuts = ((start, min(start + ROWS, one.shape[0])) for start in starts)
+        return all(
+            torch.equal(self.read(one.name, cut), self.read(other.name, cut)) for cut in cuts
+        )
 
     def close(self) -> None:
         """Let go of the files."""

@@ -1,6 +1,6 @@
 """Experts on disk, full checkpoints and LoRA adapters alike, seen as updates of the base."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poemerge.adapter import Adapter, is_adapter
-from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
+from poemerge.checkpoint import Checkpoint, Rows, TensorFiles, TensorInfo
 from poemerge.errors import CheckpointError
 from poemerge.rules import is_head, is_tied_head
 from poemerge.task_vector import Dense, LowRank, Update
@@ -26,6 +26,9 @@ class Expert(Protocol):
 
     def rank(self, info: TensorInfo) -> int | None:
         """Rank of its update in factors, 0 where it leaves the tensor alone, None if dense."""
+
+    def stored(self, info: TensorInfo) -> torch.dtype:
+        """Dtype of the weight, or of its factors, on disk; the base's where there is neither."""
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """A = W - W₀ in fp32 or better, given W₀ in fp32; finite, or CheckpointError."""
@@ -46,7 +49,7 @@ class FullExpert:
     def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
         self.name, self.folder = name, folder
         self._checkpoint = Checkpoint(folder)
-        self._names = _align(base.tensors, self._checkpoint.tensors)
+        self._names = _align(name, folder, base, _shapes(self._checkpoint))
         _require_common(name, folder, base, self._names)
         for own, other in self._names.items():
             _check_shape(name, self._checkpoint.tensors[other].shape, base.tensors[own])
@@ -64,6 +67,10 @@ class FullExpert:
     def rank(self, info: TensorInfo) -> int | None:  # noqa: ARG002
         """None: a full fine-tune is dense everywhere."""
         return None
+
+    def stored(self, info: TensorInfo) -> torch.dtype:
+        """As the checkpoint's header says."""
+        return self._checkpoint.tensors[self._names[info.name]].dtype
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """W - W₀."""
@@ -87,11 +94,15 @@ class FullExpert:
 
 
 class AdapterExpert:
-    """A LoRA adapter; what it does not target it leaves alone, which is a vote for no change."""
+    """A LoRA adapter; what it does not target it leaves alone, which is a vote for no change.
+
+    Its names may be those of a part of the base, such as the vision tower that it was trained on.
+    """
 
     def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
         self.name, self.folder = name, folder
         self.adapter = Adapter(folder)
+        self.adapter.rename(_align(name, folder, base, self.adapter.shapes))
         targets = (*self.adapter.factors, *self.adapter.replaced)
         _require_common(name, folder, base, {t: t for t in targets if t in base.tensors})
         self.extra = tuple(sorted(t for t in targets if not _has_place(t, base)))
@@ -127,6 +138,11 @@ class AdapterExpert:
         if info.name in self.adapter.replaced:
             return None
         return self.adapter.shape(info.name)[1] if info.name in self.adapter.factors else 0
+
+    def stored(self, info: TensorInfo) -> torch.dtype:
+        """As the adapter's header says."""
+        keys = self.adapter.factors.get(info.name, (self.adapter.replaced.get(info.name),))
+        return self.adapter.tensors[keys[0]].dtype if keys[0] else info.dtype
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """Scaled factors, a dense difference for replaced tensors, zero for the rest."""
@@ -194,14 +210,38 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
         )
 
 
-def _align(base: Iterable[str], expert: Iterable[str]) -> dict[str, str]:
-    """Base name → expert name, under the prefix that matches most (none if it is as good)."""
-    wanted, found = tuple(base), set(expert)
-    cut = sorted({"", *(name.split(".")[0] + "." for name in (*wanted, *found))})
+Shapes = Mapping[str, tuple[int, ...]]  # by the name of the tensor
+
+
+def _shapes(files: TensorFiles) -> Shapes:
+    return {name: info.shape for name, info in files.tensors.items()}
+
+
+def _align(name: str, folder: Path, base: Checkpoint, expert: Shapes) -> dict[str, str]:
+    """Base name → expert name, under the prefix that matches most (none if it is as good).
+
+    Two towers of one model have tensors of like names: the shapes tell them apart.
+
+    Raises:
+        CheckpointError: two parts of the base fit the expert equally well.
+    """
+    wanted = _shapes(base)
+    cut = sorted({"", *(name.split(".")[0] + "." for name in (*wanted, *expert))})
     options = [{n: n.removeprefix(p) for n in wanted} for p in cut]
     options += [{n: p + n for n in wanted} for p in cut]
-    matches = [{n: e for n, e in names.items() if e in found} for names in options]
-    return max(matches, key=len)
+    matches = [{n: e for n, e in names.items() if e in expert} for names in options]
+
+    def fit(names: Mapping[str, str]) -> tuple[int, int]:
+        return sum(wanted[n] == expert[e] for n, e in names.items()), len(names)
+
+    best = max(matches, key=fit)
+    rival = next((m for m in matches if m != best and fit(m) == fit(best)), None)
+    if rival is not None and best != matches[0]:
+        raise CheckpointError(
+            f"Expert {name!r} ({folder}) fits {min(best)} of the base as well as {min(rival)}; "
+            "give the part of the base that it was trained on as a checkpoint of its own."
+        )
+    return best
 
 
 def _has_place(name: str, base: Checkpoint) -> bool:

@@ -67,9 +67,40 @@ class Call:
         return self.cut.sizes if self.cut else ()
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """What a structured method is given, as far as its cost goes.
+
+    Attributes:
+        rows: O.
+        columns: I.
+        experts: E, those that vote.
+        rank: Σ R_i of updates in factors; None where they are dense.
+    """
+
+    rows: int
+    columns: int
+    experts: int
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What merging one matrix takes.
+
+    Attributes:
+        flops: floating-point operations, in fp64.
+        bytes: held at once beside the updates and the merged weights.
+    """
+
+    flops: float
+    bytes: int
+
+
 Rule = Callable[[Stack, Any, Call], Merged]
 Trait = Callable[[Any], bool]  # of a method, given its settings
 Prepare = Callable[[Tensor, Any], Tensor]  # whole update (it may be spoilt), settings → a number
+Effort = Callable[[Matrix], Work]
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,7 @@ class Method:
         factors: True if low-rank task vectors give a low-rank update.
         local: True if rows of a tensor can be merged apart, so that no tensor is ever too large.
         prepare: a number that it must know of each whole update before that.
+        work: what a matrix takes, for `poemerge check`; None is that of a product of experts.
     """
 
     name: str
@@ -94,6 +126,7 @@ class Method:
     factors: Trait
     local: bool = False
     prepare: Prepare | None = None
+    work: Effort | None = None
 
     @property
     def summary(self) -> str:
@@ -122,13 +155,14 @@ def register(
     factors: Trait = never,
     local: bool = False,
     prepare: Prepare | None = None,
+    work: Effort | None = None,
 ) -> Callable[[Rule], Rule]:
     """Enter a function into the table under its own name."""
 
     def enter(rule: Rule) -> Rule:
         name = rule.__name__
         METHODS[name] = Method(
-            name, rule, settings, source, structured, factors, local=local, prepare=prepare
+            name, rule, settings, source, structured, factors, local, prepare, work
         )
         return rule
 

@@ -7,7 +7,7 @@ from poemerge.checkpoint import Checkpoint, TensorInfo
 
 MATRIX = "matrix"  # solved by a structured method
 VOCABULARY = "vocabulary"  # solved on the feature side: tokens × tokens would not fit
-AVERAGE = "average"  # vectors, and more than two axes, under a structured method
+AVERAGE = "average"  # under a structured method: vectors, and what has more than two axes
 FORMULA = "formula"  # an elementwise method's own formula
 COPY = "copy"  # the base's bytes: integers, empty tensors, what no expert touches
 TIED = "tied"  # not stored: the config says it is the input embedding
@@ -27,13 +27,16 @@ _VOCABULARY = re.compile(
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
-def rule_for(info: TensorInfo, base: Checkpoint, *, structured: bool, touched: bool) -> str:
+def rule_for(
+    info: TensorInfo, base: Checkpoint, *, structured: bool, sided: bool, touched: bool
+) -> str:
     """The rule for one tensor.
 
     Args:
         info: its header.
         base: its checkpoint.
         structured: True if the method treats matrices as matrices.
+        sided: True if it can be told to solve on the feature side; vocabularies are averaged else.
         touched: False if every expert leaves it alone.
     """
     if is_tied_head(info, base):
@@ -44,7 +47,9 @@ def rule_for(info: TensorInfo, base: Checkpoint, *, structured: bool, touched: b
         return FORMULA
     if len(info.shape) != 2:
         return AVERAGE
-    return VOCABULARY if is_vocabulary(info, base) else MATRIX
+    if is_vocabulary(info, base):
+        return VOCABULARY if sided else AVERAGE
+    return MATRIX
 
 
 def is_vocabulary(info: TensorInfo, base: Checkpoint) -> bool:
@@ -60,8 +65,15 @@ def is_head(name: str) -> bool:
 
 
 def is_tied_head(info: TensorInfo, base: Checkpoint) -> bool:
-    """True for a stored output head that the config ties to the input embedding."""
+    """True for a stored output head that the config ties to the input embedding.
+
+    One that differs from the embedding is none, whatever the config says: transformers 5 states
+    of every T5 that it is tied, and loads Flan-T5 with the head that is stored.
+    """
     if not (base.ties_embeddings and is_head(info.name)):
         return False
     others = (other for other in base.tensors.values() if not is_head(other.name))
-    return any(other.shape == info.shape and is_vocabulary(other, base) for other in others)
+    return any(
+        other.shape == info.shape and is_vocabulary(other, base) and base.same(info, other)
+        for other in others
+    )

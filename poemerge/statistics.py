@@ -80,7 +80,7 @@ def _compare(
         gram[i, j] = gram[j, i] = inner_product(updates[i], updates[j])
     for i in voters:
         if len(info.shape) == 2 and gram[i, i] > 0:
-            ranks[i] = gram[i, i] ** 2 / _fourth_moment(updates[i])
+            ranks[i] = gram[i, i] ** 2 / fourth_moment(updates[i])
     return gram, ranks
 
 
@@ -93,7 +93,7 @@ def inner_product(left: Update, right: Update) -> Tensor:
     return (left.dense() * right.dense()).sum(dtype=torch.float64)
 
 
-def _fourth_moment(update: Update) -> Tensor:
+def fourth_moment(update: Update) -> Tensor:
     """||A Aᵀ||²_F, from the smaller gram."""
     if isinstance(update, LowRank):
         up, down = update.up.double(), update.down.double()

@@ -4,8 +4,11 @@ A stack holds the task vectors of all experts for a batch of tensors of one shap
 stack offer the same views, so that a method is written once:
 
     dense()           the updates themselves, (B, E, O, I)
+    updates()         one update after the other, in factors where the stack is in factors
+    inner()           inner products <A_i, A_j>, (B, E, E)
     combine(w)        Σ w_i A_i, in factors where the stack is in factors
     reduced(o, i)     smaller matrices with the same inner products, and the way back (subspace.py)
+    express(m)        an update that comes in factors: so, or multiplied out, as the stack is
     mT, part(b)       the stack of the transposes, of one tensor
 """
 
@@ -16,6 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from poemerge import linalg
 from poemerge.subspace import joint_basis
 
 
@@ -129,6 +133,10 @@ class DenseStack:
         """The same elsewhere."""
         return DenseStack(self.deltas.to(device))
 
+    def double(self) -> "DenseStack":
+        """The same in fp64."""
+        return DenseStack(self.deltas.double())
+
     def part(self, index: int) -> "DenseStack":
         """The stack of one tensor of the batch."""
         return DenseStack(self.deltas[index : index + 1])
@@ -136,6 +144,19 @@ class DenseStack:
     def dense(self) -> Tensor:
         """The updates, (B, E, *shape)."""
         return self.deltas
+
+    def updates(self) -> list[Update]:
+        """E updates (B, *shape)."""
+        return [Dense(delta) for delta in self.deltas.unbind(dim=1)]
+
+    def inner(self) -> Tensor:
+        """Inner products <A_i, A_j> (B, E, E), in fp64."""
+        flat = self.deltas.reshape(*self.deltas.shape[:2], 1, -1)
+        return torch.stack([linalg.inner(flat, each) for each in flat.unbind(dim=1)], dim=-1)
+
+    def express(self, factors: LowRank) -> Update:
+        """The update multiplied out."""
+        return Dense(factors.dense())
 
     def combine(self, weights: Tensor) -> Update:
         """Σ w_i A_i for weights (B, E)."""
@@ -177,6 +198,10 @@ class LowRankStack:
         moved = [tuple(factor.to(device) for factor in side) for side in (self.ups, self.downs)]
         return LowRankStack(*moved)
 
+    def double(self) -> "LowRankStack":
+        """The same in fp64."""
+        return LowRankStack(*(tuple(f.double() for f in side) for side in (self.ups, self.downs)))
+
     def part(self, index: int) -> "LowRankStack":
         """The stack of one tensor of the batch."""
         own = slice(index, index + 1)
@@ -185,6 +210,21 @@ class LowRankStack:
     def dense(self) -> Tensor:
         """The updates multiplied out, (B, E, O, I), in fp32 or better."""
         return torch.stack([u @ d for u, d in zip(self.ups, self.downs, strict=True)], dim=1)
+
+    def updates(self) -> list[Update]:
+        """E updates in their factors."""
+        return [LowRank(up, down) for up, down in zip(self.ups, self.downs, strict=True)]
+
+    def inner(self) -> Tensor:
+        """Inner products <A_i, A_j> (B, E, E) in fp64, from the R_i × R_j grams of the factors."""
+        exact = self.double()
+        pairs = list(zip(exact.ups, exact.downs, strict=True))
+        rows = [[((a.mT @ b) * (c @ d.mT)).sum(dim=(-2, -1)) for b, d in pairs] for a, c in pairs]
+        return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+    def express(self, factors: LowRank) -> Update:
+        """The update as it is."""
+        return factors
 
     def combine(self, weights: Tensor) -> Update:
         """Σ w_i A_i for weights (B, E), exact in factors of rank Σ R_i."""

@@ -3,6 +3,7 @@
 Nothing here is shared with poemerge: no batches, no subspace, no Cholesky, no expanded squares.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -158,6 +159,76 @@ def _trim(update: Tensor, keep: float) -> Tensor:
     magnitudes = sorted(update.abs().flatten().tolist(), reverse=True)
     smallest = magnitudes[max(1, round(keep * len(magnitudes))) - 1]
     return torch.where(update.abs() >= smallest, update, 0.0)
+
+
+def model_stock(experts: Experts, weights: Numbers) -> Tensor:
+    """t · Σ p_i A_i with t = N cos θ / (1 + (N - 1) cos θ), N = 1 / Σ p_i² (Jang et al. 2024)."""
+    says = _speaking(experts, weights)
+    if not says:
+        return torch.zeros_like(experts[0])
+    total = sum(w for w, _ in says)
+    mean = task_arithmetic([a for _, a in says], [w / total for w, _ in says])
+    pairs = [(v * w, _cosine(a, b)) for (v, a), (w, b) in itertools.combinations(says, 2)]
+    if not pairs:
+        return mean
+    cosine = max(0.0, sum(w * c for w, c in pairs) / sum(w for w, _ in pairs))
+    count = total**2 / sum(w**2 for w, _ in says)
+    return count * cosine / (1 + (count - 1) * cosine) * mean
+
+
+def _speaking(experts: Experts, weights: Numbers) -> list[tuple[float, Tensor]]:
+    return [(w, a) for w, a in zip(weights, experts, strict=True) if w and a.any()]
+
+
+def _cosine(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum() / left.norm() / right.norm())
+
+
+def knots_ties(experts: Experts, weights: Numbers, keep: float) -> Tensor:
+    """[√w_1 A_1 | √w_2 A_2 | ...] = U S [V_1 | V_2 | ...]ᵀ; U times TIES of the S V_iᵀ / √w_i."""
+    says = _speaking(experts, weights)
+    if not says:
+        return torch.zeros_like(experts[0])
+    basis, sizes, right = _nonzero_svd(torch.cat([w**0.5 * a for w, a in says], dim=1))
+    parts = (torch.diag(sizes) @ right.T).split(experts[0].shape[1], dim=1)
+    aligned = [part / w**0.5 for part, (w, _) in zip(parts, says, strict=True)]
+    aligned = [torch.where(part.abs() > 1e-7 * sizes[0], part, 0.0) for part in aligned]
+    return basis @ ties(aligned, [w for w, _ in says], keep)
+
+
+def tsv_m(experts: Experts, weights: Numbers) -> Tensor:
+    """Û diag(w_i s_i) V̂ᵀ of min(O, I) / N triplets an expert (Gargiulo et al. 2025)."""
+    says = _speaking(experts, weights)
+    if not says:
+        return torch.zeros_like(experts[0])
+    kept = max(1, min(experts[0].shape) // len(says))
+    lefts, sizes, rights = [], [], []
+    for weight, update in says:
+        left, size, right = _nonzero_svd(update)
+        lefts.append(left[:, :kept])
+        sizes.append(weight * size[:kept])
+        rights.append(right[:, :kept])
+    left, right = procrustes(torch.cat(lefts, dim=1)), procrustes(torch.cat(rights, dim=1))
+    return left @ torch.diag(torch.cat(sizes)) @ right.T
+
+
+def procrustes(columns: Tensor) -> Tensor:
+    """P Qᵀ of the singular value decomposition P S Qᵀ, as far as S is not zero."""
+    left, _, right = _nonzero_svd(columns)
+    return left @ right.T
+
+
+def iso_c(experts: Experts, weights: Numbers) -> Tensor:
+    """mean(S) U Vᵀ of Σ w_i A_i = U S Vᵀ, as far as S is not zero (Marczak et al. 2025)."""
+    left, sizes, right = _nonzero_svd(task_arithmetic(experts, weights))
+    return sizes.sum() / max(1, len(sizes)) * left @ right.T
+
+
+def _nonzero_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V with the singular values above 1e-5 of the largest."""
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int((sizes > 1e-5 * sizes[0]).sum())
+    return left[:, :rank], sizes[:rank], right[:rank].T
 
 
 def fisher_merging(experts: Experts, weights: Numbers, fishers: Experts) -> Tensor:

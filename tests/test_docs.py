@@ -65,7 +65,7 @@ def commands() -> list[list[str]]:
 
 
 def test_all_code_is_executed() -> None:
-    executed = {*TestNewMethods.CHECKS, "family.md", "certificates.md", "walk.md"}
+    executed = {*TestNewMethods.CHECKS, "family.md", "certificates.md", "residuals.md", "walk.md"}
     assert {page.name for page in PAGES if blocks(page.name, "python")} == executed
 
 
@@ -273,6 +273,43 @@ class TestCertificates:
             save_file({"up.weight": torch.randn(6, 4, generator=draw)}, f"{name}/model.safetensors")
         run("certificates.md")
         assert re.match(r"up\.weight growth \d\.\d \d+ steps \{'law'", capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the example of residuals.md finds on matrices of noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("residuals"))
+        for seed, name in enumerate(("base", "law", "code", "chat")):
+            Path(name).mkdir()
+            weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(seed))
+            save_file({"up.weight": weight}, f"{name}/model.safetensors")
+        return run("residuals.md")["found"]
+
+
+class TestResiduals:
+    def test_the_example_has_a_verdict(self, found: dict) -> None:
+        assert "describes these residuals best" in found["verdict"]
+
+    def test_every_key_is_explained(self, found: dict) -> None:
+        explained = {c[0].strip("`"): c[1] for c in rows("residuals.md", "| key | holds |")}
+        assert set(explained) == set(found)
+        inner = {
+            "histogram": found["histogram"],
+            "fits": found["fits"]["weibull"],
+            "tail_index": found["tail_index"],
+            "tensors": found["tensors"]["up.weight"],
+        }
+        for key, value in inner.items():
+            assert set(re.findall(r"`(\w+)`", explained[key])) == set(value)
+
+    def test_every_density_has_its_parameters(self, found: dict) -> None:
+        header = "| name | density of r | parameters | how |"
+        table = re.sub(r"\\\|", "", read("residuals.md"))
+        _, _, rest = table.partition(header)
+        for name, fit in found["fits"].items():
+            (line,) = re.findall(rf"^\| `{name}` \|.*\|$", rest, flags=re.MULTILINE)
+            assert set(re.findall(r"`(\w+)`", line)) == {name, *fit["parameters"]}
 
 
 @pytest.mark.parametrize("cells", list(rows("maths.md", "| symbol | meaning | name | file |")))

@@ -116,6 +116,14 @@ def module_of(name: str, base: Checkpoint) -> tuple[str, ...]:
     return tuple(other for other in base.tensors if other.rpartition(".")[0] == module)
 
 
+def peft_task(base: Checkpoint) -> str | None:
+    """What PEFT calls a model of this config; None where it wraps it as it is."""
+    if base.config.get("is_encoder_decoder"):
+        return "SEQ_2_SEQ_LM"
+    architectures = base.config.get("architectures") or ["ForCausalLM"]
+    return "CAUSAL_LM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
 def _check(setting: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise SettingError(f"{setting} is {value!r}; choose {', '.join(known)}.")

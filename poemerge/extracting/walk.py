@@ -26,6 +26,7 @@ from poemerge.extracting.rules import (
     is_transposed,
     module_of,
     obstacle,
+    peft_task,
 )
 from poemerge.layout import ADAPTER
 from poemerge.lineage import Lineage, Source
@@ -75,6 +76,7 @@ class Extraction:
             transposed=is_transposed(self.base),
             whole=whole,
             tied=self.base.ties_embeddings and any(is_head(name) for name in whole),
+            task=peft_task(self.base),
         )
         report = self._report(folder, lineage, base_model)
         report.write(folder)

@@ -12,7 +12,6 @@ from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
 from poemerge.method import Call, Merged, Method
 from poemerge.methods import find
-from poemerge.poe.settings import ProductSettings
 from poemerge.rules import AVERAGE, VOCABULARY
 from poemerge.task_vector import Dense, LowRank, Stack, Update
 
@@ -75,10 +74,11 @@ class Applier:
             raise NumericalError(f"{batch.tensors[0].name}: {error}") from error
 
     def _method(self, batch: Batch) -> tuple[Method, Any]:
-        method, settings = self.plan.method, self.plan.settings
+        method: Method = self.plan.method
+        settings: Any = self.plan.settings
         if batch.group.rule == AVERAGE:
             return find("average"), settings
-        if batch.group.rule == VOCABULARY and isinstance(settings, ProductSettings):
+        if batch.group.rule == VOCABULARY:
             return method, replace(settings, side="input")
         return method, settings
 

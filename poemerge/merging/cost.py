@@ -24,22 +24,31 @@ def estimate_seconds(plan: Plan, device: torch.device) -> float:
     """
     seconds = 0.0
     for dtype in (torch.float32, torch.float64):
-        flops = sum(_flops(group, plan) for group in plan.groups if _dtype(group) == dtype)
+        flops = sum(_flops(group, plan) for group in plan.groups if _dtype(group, plan) == dtype)
         seconds += flops / _flop_rate(device, dtype) if flops else 0.0
     passes = sum(len(group.tensors) * _pass_bytes(group, plan) for group in plan.groups)
     total = plan.read_bytes + 2 * sum(info.bytes for info in plan.base.tensors.values())
     return seconds + passes / _pass_rate(device) + total / _hash_rate()
 
 
-def _dtype(group: Group) -> torch.dtype:
-    """In which its systems are solved."""
-    return torch.float64 if group.in_factors or min(group.shape) <= SMALL else torch.float32
+def _dtype(group: Group, plan: Plan) -> torch.dtype:
+    """In which its matrices are solved."""
+    small = min(group.shape, default=0) <= SMALL
+    is_exact = small or group.in_factors or plan.method.work is not None
+    return torch.float64 if is_exact else torch.float32
 
 
 def _flops(group: Group, plan: Plan) -> float:
-    """Of all tensors of the group, solved as a product of experts."""
+    """Of all tensors of the group."""
     if group.rule not in {MATRIX, VOCABULARY}:
         return 0.0
+    if plan.method.work is not None:
+        return len(group.tensors) * plan.method.work(group.matrix).flops
+    return len(group.tensors) * _product_flops(group, plan)
+
+
+def _product_flops(group: Group, plan: Plan) -> float:
+    """Of one matrix, solved as a product of experts."""
     rows, columns = group.shape
     feature = group.rule == VOCABULARY or getattr(plan.settings, "acts_on", "") == "input"
     side, other = (columns, rows) if feature else (rows, columns)
@@ -50,7 +59,7 @@ def _flops(group: Group, plan: Plan) -> float:
         side, other = min(side, rank), min(other, rank)
     forms = 4.0 * len(group.voters) * side**2 * other
     steps = STEPS if hasattr(plan.settings, "max_steps") else 1
-    return len(group.tensors) * (factor + forms + steps * (4.0 * side**2 * other + side**3 / 3))
+    return factor + forms + steps * (4.0 * side**2 * other + side**3 / 3)
 
 
 def _pass_bytes(group: Group, plan: Plan) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from poemerge.checkpoint import Rows, TensorInfo
-from poemerge.method import Cut
+from poemerge.method import Cut, Matrix
 from poemerge.rules import AVERAGE, COPY, FORMULA
 
 
@@ -40,6 +40,12 @@ class Group:
     def joint_rank(self) -> int:
         """Σ R_i of updates in factors."""
         return sum(rank or 0 for rank in self.ranks)
+
+    @property
+    def matrix(self) -> Matrix:
+        """One of the group, where its tensors are matrices."""
+        rank = self.joint_rank if self.in_factors else None
+        return Matrix(self.shape[0], self.shape[1], len(self.voters), rank)
 
     @property
     def update_bytes(self) -> int:

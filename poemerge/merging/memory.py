@@ -91,8 +91,10 @@ def _work_bytes(group: Group, count: int, method: Method, settings: Settings) ->
     """What a method holds beside the loaded batch, the result included."""
     result = 4 * group.size
     if group.rule in {MATRIX, VOCABULARY}:
+        if method.work is not None:
+            return count * (method.work(group.matrix).bytes + result)
         return _product_bytes(group, count, settings) + count * result
-    if group.rule == FORMULA and not method.local:
+    if group.rule == FORMULA and not method.local and not method.factors(settings):
         return count * (ELEMENTWISE_COPIES * group.update_bytes + result)
     return 2 * count * result
 

@@ -148,8 +148,13 @@ class _Planner:
         voters = tuple(i for i, expert in enumerate(self.experts) if expert.votes(info))
         ranks = tuple(self.experts[i].rank(info) for i in voters)
         touched = any(rank != 0 for rank in ranks)
-        structured = self.method.structured(self.settings)
-        rule = rule_for(info, self.base, structured=structured, touched=touched)
+        rule = rule_for(
+            info,
+            self.base,
+            structured=self.method.structured(self.settings),
+            sided=hasattr(self.settings, "side"),
+            touched=touched,
+        )
         if rule in {COPY, TIED}:
             return Group(rule, info.shape, (), (), ())
         if len(info.shape) != 2 or not self.method.factors(self.settings):

@@ -129,7 +129,9 @@ class Walk:
         base_model = self.plan.base.config.get("_name_or_path") or self.plan.base.folder.name
         adapters = [e.adapter for e in self.plan.experts if isinstance(e, AdapterExpert)]
         dtype = STORED.get(self.choices.dtype, torch.float32)
-        write_adapter(folder, factors, adapters, dtype, str(base_model))
+        tasks = {adapter.lora.task for adapter in adapters}
+        task = tasks.pop() if len(tasks) == 1 else None
+        write_adapter(folder, factors, adapters, dtype, str(base_model), task=task)
 
     def _batches(self) -> Generator[tuple[Batch, Loaded], None, None]:
         """All batches, file by file, each loaded while the one before is solved."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from poemerge.device import STORED, pick_device
 from poemerge.errors import CheckpointError, SettingError
@@ -24,12 +24,18 @@ class Scorer(HFLM):  # type: ignore[misc]
 
     lm-eval has all logits of a batch computed and normalised, (batch, length, vocabulary), to read
     those at the continuations. Batches of requests of like length keep the last few positions
-    instead, which are the same numbers: a quarter of the time less for one-token answers.
+    instead, which are the same numbers: a quarter of the time less for one-token answers. Of an
+    encoder-decoder it computes what lm-eval does, whose decoder sees the continuation alone.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        # lm-eval would tie what the loader left untied: the head of Flan-T5, whose config in
+        # transformers says that every T5 is tied.
+        model.tie_weights = lambda *_, **__: None
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-        self._selects = "logits_to_keep" in signature(model.forward).parameters
+        self._selects = (
+            self.backend == "causal" and "logits_to_keep" in signature(model.forward).parameters
+        )
         self._last = 0  # positions to keep, of the longest request; 0 for all
 
     def _loglikelihood_tokens(
@@ -39,6 +45,8 @@ class Scorer(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[Any]:
         """As HFLM, batch by batch; requests that differ in the last token share a forward pass."""
+        if self.backend == "seq2seq":
+            return super()._loglikelihood_tokens(requests, True, override_bs)
         rows: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             rows.setdefault((*context, *continuation[:-1]), []).append(index)
@@ -94,7 +102,9 @@ def load_scorer(base: Path, _digest: str, dtype: str, device: str, batch_size: i
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **local)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=STORED[dtype], **local)
+        two_sided = AutoConfig.from_pretrained(base, **local).is_encoder_decoder
+        kind = AutoModelForSeq2SeqLM if two_sided else AutoModelForCausalLM
+        model = kind.from_pretrained(base, dtype=STORED[dtype], **local)
     except Exception as error:  # transformers raises whatever its parts raise
         raise CheckpointError(
             f"transformers cannot load {base} ({_first_line(error)}); repair the folder, or update "

@@ -80,11 +80,12 @@ class Look:
         return digest([sources, self.side, self.seed, self.device, core_code()])
 
     def _residuals(self, merged: Path, strength: float) -> Mapping[str, Any]:
-        describe = _find("poemerge.residuals.describe", "describe_residuals")
-        if describe is None or strength == 0:  # at 0 the merge is the base
+        if strength == 0:  # the merge is the base
             return {}
-        given = {"strength": strength, "side": self.side, "seed": self.seed}
-        return describe(self.base, self.experts, merged, **given)
+        from poemerge import describe_residuals  # noqa: PLC0415 - imports torch
+
+        given: dict[str, Any] = {"strength": strength, "side": self.side, "seed": self.seed}
+        return describe_residuals(self.base, self.experts, merged, **given)
 
     def _uncertainty(self, merge: "Merge") -> Mapping[str, Any]:
         describe = _find("poemerge.posterior.uncertainty", "describe_uncertainty")

@@ -66,6 +66,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("average", {}, 24 << 20),
         ("ties", {}, 100 << 20),
+        ("model_stock", {}, 0),
+        ("knots_ties", {}, 0),
+        ("tsv_m", {}, 0),
+        ("iso_c", {}, 0),
         ("cauchy_poe", {}, 0),
         ("gaussian_poe", {"side": "output", "ridge": 1e-6, "ridge_mode": "absolute"}, 0),
     ],

@@ -76,7 +76,9 @@ class TestEveryMethod:
         assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids == [11, 12]
         assert len(report.tensors) == len(stored)
         base = weights(zoo.base())
-        assert not any(torch.equal(stored[name], base[name]) for name in stored)
+        moved = [name for name in stored if not torch.equal(stored[name], base[name])]
+        # Where experts of noise happen to point apart, Model Stock stays at the base.
+        assert moved if method == "model_stock" else moved == list(stored)
 
     def test_sharded_is_single(self, zoo: Zoo, tmp_path: Path, method: str) -> None:
         merge(zoo, tmp_path / "single", method)
@@ -246,7 +248,7 @@ class TestRules:
         for method in METHODS:
             out = tmp_path / method
             settings = {"keep": 1.0, "drop": 0.0} if method == "dare_ties" else {}
-            settings |= {"keep": 1.0} if method == "ties" else {}
+            settings |= {"keep": 1.0} if method in {"ties", "knots_ties"} else {}
             settings |= {"ridge": 1e-4} if method.endswith("_poe") else {}
             report = merge_checkpoints(
                 tmp_path / "base", [tmp_path / "a"], out, method, "cpu", **settings

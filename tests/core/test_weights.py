@@ -106,7 +106,9 @@ def test_a_say_of_nobody_leaves_the_base(
     merge(zoo, tmp_path / "out", experts, method, weights=nobody)
     base = weights(zoo.base())
     for name, weight in weights(tmp_path / "out").items():
-        assert torch.equal(weight, base[name]) == (".mlp." in name)
+        is_base = torch.equal(weight, base[name])
+        # Where experts of noise happen to point apart, Model Stock stays at the base.
+        assert is_base if ".mlp." in name else not is_base or method == "model_stock"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.testing.utilities import prefect_test_harness
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.console import console, show_outcome
 from flows.pipeline import pipeline
 from poemerge.errors import CheckpointError, PoemergeError
 from poemerge.lineage import Lineage, hash_files
@@ -157,6 +158,21 @@ def test_experts_are_scored_on_all_tasks_where_that_is_asked(done: Path) -> None
     board = Leaderboard.read(Path(outcome["register"]) / "leaderboard.json")
     assert all(set(row.scores) == {"red", "blue"} for row in board.of("expert"))
     assert all(row.mean.keys() == {"test"} for row in board.of("expert"))
+
+
+def test_another_file_without_tasks_merges_and_chooses_nothing(done: Path) -> None:
+    before = {name: (done / name).read_bytes() for name in ("dvc.lock", "params.yaml")}
+    text = (done / "params.yaml").read_text().replace("[red, blue]", "[]")
+    (done / "other.yaml").write_text(text.replace("keep: 0.5", "keep: 0.25"))
+    outcome = pipeline("other.yaml")
+    assert outcome["made"] == ["merge ties"]
+    assert outcome["register"] is None
+    assert {name: (done / name).read_bytes() for name in before} == before
+    with console.capture() as shown:
+        show_outcome(outcome)
+    for label, folder in outcome["merges"].items():
+        assert f"{label}: {folder}" in shown.get()
+    assert "up to date" in dvc("status")
 
 
 def test_a_tampered_output_is_made_again(done: Path) -> None:

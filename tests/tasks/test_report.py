@@ -30,7 +30,7 @@ from tasks.report.sources import Sources
 from tests.flows.conftest import TASKS
 
 ROOT = Path(__file__).parents[2]
-HOW: dict[str, Any] = {"detail": 1, "side": "output", "seed": 0, "device": "cpu"}
+HOW: dict[str, Any] = {"detail": 2, "side": "output", "seed": 0, "device": "cpu"}
 
 
 @pytest.fixture
@@ -139,15 +139,14 @@ class TestPage:
 
     def test_the_same_run_gives_the_same_bytes(self, run: Path) -> None:
         sources = Sources.find(run, None, {})
-        for name in ("one", "two"):
-            assert write_report(sources, Path(name), **HOW)
-        names = sorted(path.name for path in Path("one").iterdir())
+        assert write_report(sources, Path("again"), **HOW)
+        names = sorted(path.name for path in Path("again").iterdir())
         assert {"index.html", "report.json", "leaderboard.png", "leaderboard-dark.png"} <= {*names}
         for name in names:
-            assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name
-        assert not write_report(sources, Path("two"), **HOW)
-        text = Path("one/index.html").read_text(encoding="utf-8")
-        assert os.fspath(Path.cwd()) not in text
+            assert Path("again", name).read_bytes() == (run / "report" / name).read_bytes(), name
+        assert not write_report(sources, run / "report", **HOW)
+        text = Path("again/index.html").read_text(encoding="utf-8")
+        assert os.fspath(Path.cwd().parent) not in text
         assert "http" not in text.replace("http-equiv", "")
 
 
@@ -190,14 +189,10 @@ class TestDiagnostics:
         """With residuals and uncertainty of two merges."""
         shown = numbers.ranked[:2]
         names = [matrix.name for matrix in shown[0].matrices]
-        sure = {
-            "tensors": {n: {"relative_std": 0.1 + i} for i, n in enumerate(names)},
-            "unit": "U.",
-        }
-        details = {
-            m.label: Detail("k", described(2.0 + i, names), sure) for i, m in enumerate(shown)
-        }
-        return replace(numbers, details=details)
+        tensors = {name: {"relative_std": 0.1 + i} for i, name in enumerate(names)}
+        sure = {"tensors": tensors, "unit": "Part of the update."}
+        found = [Detail("k", described(2.0 + i, names), sure) for i in range(2)]
+        return replace(numbers, details={m.label: d for m, d in zip(shown, found, strict=True)})
 
     def test_they_are_shown_and_put_in_words(self, detailed: Numbers) -> None:
         section = tails.residuals(detailed)
@@ -229,13 +224,14 @@ class TestDiagnostics:
         self, run: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         sources = Sources.find(run, None, {})
+        before = read(run / "report/report.json")["details"]
         with caplog.at_level(logging.INFO, logger="tasks.report"):
-            write_report(sources, Path("out"), **HOW)
-            write_report(sources, Path("out"), **HOW | {"detail": 2})
-        looked = [record.getMessage() for record in caplog.records]
+            assert write_report(sources, run / "report", **HOW | {"detail": 3})
         ranked = [merge.label for merge in gather(sources, seed=0).ranked]
-        assert looked == [f"looking into {label}" for label in ranked[:2]]
-        assert list(read(Path("out/report.json"))["details"]) == ranked[:2]
+        assert [record.getMessage() for record in caplog.records] == [f"looking into {ranked[2]}"]
+        after = read(run / "report/report.json")["details"]
+        assert list(after) == ranked[:3]
+        assert {label: after[label] for label in ranked[:2]} == before
 
 
 class TestOneModel:
