@@ -95,7 +95,7 @@ def gather(sources: Sources, *, seed: int) -> Numbers:
         SourceError: a file is missing, or two do not belong together.
     """
     sources.check()
-    merges = {label: Merge.read(label, folder) for label, folder in sources.merges.items()}
+    merges = {label: Merge.read(label, folder) for label, folder in sorted(sources.merges.items())}
     statistics = read(sources.task_vectors / STATISTICS) if sources.task_vectors else {}
     if sources.register is None:
         (only,) = merges

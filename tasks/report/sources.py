@@ -68,7 +68,7 @@ class Sources:
         own = {label: _place(folder, f"evaluate/experts/{label}") for label in labels["expert"]}
         scored = {label: _place(folder, f"evaluate/merges/{label}") for label in labels["merge"]}
         return cls(
-            dict(sorted(merges.items())),
+            merges,
             _place(folder, "fetch/base"),
             {name: _place(folder, f"fetch/experts/{name}") for name in names},
             {
@@ -85,14 +85,14 @@ class Sources:
         return folder / "report" if self.register else folder.with_name(f"{folder.name}-report")
 
     def hashed(self) -> tuple[Source, ...]:
-        """Every folder with its files' hashes, in a fixed order."""
+        """Every folder with its files' hashes, by name: whoever found them, the same record."""
         named = {f"expert {name}": path for name, path in self.experts.items()}
         named |= {f"merge {label}": path for label, path in self.merges.items()}
         for kind, places in self.evaluations.items():
             named |= {f"evaluation {kind} {label}": path for label, path in places.items()}
         single = {"base": self.base, "task_vectors": self.task_vectors, "register": self.register}
         named |= {name: path for name, path in single.items() if path}
-        return tuple(Source(name, hash_files(path)) for name, path in named.items())
+        return tuple(Source(name, hash_files(path)) for name, path in sorted(named.items()))
 
     def check(self) -> None:
         """See that leaderboard, evaluations and merges are of one run.
