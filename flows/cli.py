@@ -105,7 +105,7 @@ _device = click.option(
 @_set
 @click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
 def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
-    """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register.
+    """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register, report.
 
     What is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
     unless --save is given.
@@ -300,6 +300,68 @@ def methods() -> None:
     from poemerge.methods import METHODS
 
     show_methods(METHODS)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base", metavar="SRC", help="Of a merged model: what it was merged into.")
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="[NAME=]SRC",
+    help="Of a merged model: what was merged, in that order; repeatable.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to make. [DIR/report of a run, DIR-report of a model]",
+)
+@click.option(
+    "--detail",
+    default=4,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="How many merges to look into, best first.",
+)
+@click.option(
+    "--side",
+    default="output",
+    show_default=True,
+    type=click.Choice(["output", "input"]),
+    help="Of the residuals.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap and of samples.")
+@_device
+@click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
+def report(
+    folder: Path,
+    base: str | None,
+    experts: Sequence[str],
+    out: Path | None,
+    *,
+    show: bool,
+    **choices: Any,
+) -> None:
+    """Write one HTML page with all there is to see of a run, or of one merged model.
+
+    DIR is what a run wrote (artifacts, .poemerge/runs/...), or a merged model. Of a model alone the
+    page has rules, norms and certificates; residuals and uncertainty need its base and experts.
+    """
+    from flows.console import start_logging
+    from tasks.report import PAGE, write_report
+    from tasks.report.sources import Sources
+
+    start_logging()
+    if bool(base) != bool(experts):
+        raise click.UsageError("--base and --expert go together.")
+    given = _resolve(base, experts) if base else {}
+    sources = Sources.find(folder, given.pop("base", None), given)
+    out = out or sources.default_out(folder)
+    made = write_report(sources, out, **choices)
+    click.echo(f"{out / PAGE}{'' if made else ' was up to date'}")
+    if show:
+        click.launch(str(out / PAGE))
 
 
 @main.command()

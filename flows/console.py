@@ -72,6 +72,7 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
         "best": f"{entry['candidate']}, registered as {entry['name']}",
         "model": outcome["merges"][entry["candidate"]],
         "leaderboard": str(register / "leaderboard.json"),
+        "report": str(Path(outcome["report"], "index.html")),
         "registry": "mlflow ui --backend-store-uri sqlite:///mlflow.db",
         "runs": "prefect server start, then http://127.0.0.1:4200",
         "artifacts": "dvc status; dvc dag; dvc push",

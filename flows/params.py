@@ -84,6 +84,15 @@ class RegisterParams(Section):
     store: Literal["dvc", "copy"]
 
 
+class ReportParams(Section):
+    """How closely the report looks into the merges."""
+
+    detail: int = Field(ge=0)
+    side: Literal["output", "input"]
+    seed: int = Field(ge=0)
+    device: str
+
+
 class SweepParams(Section):
     """How the settings of merges are searched; no stage, and no part of a run."""
 
@@ -96,13 +105,14 @@ class SweepParams(Section):
 
 
 class Params(Section):
-    """The five sections, named like the stages, and the one of `poemerge sweep`."""
+    """The six sections, named like the stages, and the one of `poemerge sweep`."""
 
     fetch: FetchParams
     task_vectors: TaskVectorsParams
     merge: MergeParams
     evaluate: EvaluateParams
     register_: RegisterParams = Field(alias="register")
+    report: ReportParams
     sweep: SweepParams | None = None
 
     @property

@@ -69,6 +69,11 @@ class Places:
         """The leaderboard and what was registered."""
         return self.own / "register"
 
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.own / "report"
+
     def stale(self) -> list[Path]:
         """Plain outputs of candidates that params.yaml names no more; DVC's cache keeps them."""
         kept = {place(label) for label in self.plain.merge.methods for place in self._of_candidate}
@@ -91,14 +96,15 @@ class Places:
 
         Returns:
             `made`: names of the steps that had something to do; `base`: what was merged into;
-            `register`: folder of the leaderboard, None without tasks to score; `merges` and `logs`:
-            where each candidate's model and its cost lie.
+            `register` and `report`: folders of the leaderboard and of the page, None without tasks
+            to score; `merges` and `logs`: where each candidate's model and its cost lie.
         """
-        labels = self.params.merge.methods
+        labels, scored = self.params.merge.methods, bool(self.params.evaluate.tasks)
         return {
             "made": made,
             "base": self.params.fetch.base.source,
-            "register": str(self.register) if self.params.evaluate.tasks else None,
+            "register": str(self.register) if scored else None,
+            "report": str(self.report) if scored else None,
             "merges": {label: str(self.merge(label)) for label in labels},
             "logs": {label: str(self.log("merge", label)) for label in labels},
         }

@@ -16,6 +16,7 @@ from tasks.evaluate import evaluate
 from tasks.fetch import fetch
 from tasks.merge import merge
 from tasks.register import register
+from tasks.report import report
 from tasks.task_vectors import task_vectors
 
 
@@ -140,15 +141,9 @@ def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Ite
     if not params.evaluate.tasks:
         return
     labels = list(params.merge.methods)
-    own = [name for name in params.fetch.experts if name in params.evaluate.tasks]
     arguments = {
         "base": str(places.base),
-        "merges": {label: str(places.merge(label)) for label in labels},
-        "evaluations": {
-            "base": {"base": str(places.evaluation("base", "base"))},
-            "expert": {name: str(places.evaluation("expert", name)) for name in own},
-            "merge": {label: str(places.evaluation("merge", label)) for label in labels},
-        },
+        **_scored(params, places),
         "logs": {label: str(places.log("merge", label)) for label in labels},
         "out": str(places.register),
         "tasks": list(params.evaluate.tasks),
@@ -157,6 +152,35 @@ def _register(params: Params, places: Places, overrides: tuple[str, ...]) -> Ite
         "overrides": list(overrides),
     }
     yield "register", register, arguments
+
+
+def _report(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
+    if not params.evaluate.tasks:
+        return
+    arguments = {
+        **_inputs(places),
+        **_scored(params, places),
+        "out": str(places.report),
+        "task_vectors": str(places.task_vectors),
+        "register": str(places.register),
+        "experiment": params.register_.experiment,
+        **params.report.model_dump(),
+    }
+    yield "report", report, arguments
+
+
+def _scored(params: Params, places: Places) -> dict[str, Any]:
+    """The merges, and what everything was scored."""
+    labels = list(params.merge.methods)
+    own = [name for name in params.fetch.experts if name in params.evaluate.tasks]
+    return {
+        "merges": {label: str(places.merge(label)) for label in labels},
+        "evaluations": {
+            "base": {"base": str(places.evaluation("base", "base"))},
+            "expert": {name: str(places.evaluation("expert", name)) for name in own},
+            "merge": {label: str(places.evaluation("merge", label)) for label in labels},
+        },
+    }
 
 
 def _inputs(places: Places) -> dict[str, Any]:
@@ -170,5 +194,6 @@ _BUILD = {
     "merge": _merge,
     "evaluate": _evaluate,
     "register": _register,
+    "report": _report,
 }
 STAGES = tuple(_BUILD)

@@ -21,6 +21,7 @@ from tasks.register.leaderboard import Cost, Row, Sweep
 from tasks.tracking import connected, ending, experiment_id, flat, tracking_uri
 
 DIGEST = "poemerge.digest"
+LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
 CHALLENGER, CHAMPION = "challenger", "champion"
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
 
@@ -97,7 +98,11 @@ def holds(name: str, digest: str) -> bool:
 def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
     """Log all candidates and register the best: challenger, and champion if there is none."""
     board = sweep.board
-    tags = {"poemerge.stage": "register", "poemerge.overrides": " ".join(sweep.overrides)}
+    tags = {
+        "poemerge.stage": "register",
+        "poemerge.overrides": " ".join(sweep.overrides),
+        LEADERBOARD: digest(board.as_json()),
+    }
     with connected() as client:
         place = experiment_id(client, experiment)
         with _run(client, place, entry.name, tags) as parent:

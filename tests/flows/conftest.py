@@ -51,6 +51,11 @@ register:
   experiment: tests
   choose: mean
   store: dvc
+report:
+  detail: 2
+  side: output
+  seed: 0
+  device: cpu
 """
 
 TASK = """\

@@ -151,3 +151,30 @@ def test_lineage_draws_the_tree(sources: list[object], tmp_path: Path) -> None:
     record = json.loads(poemerge("lineage", out, "--json").output)
     assert record == json.loads((out / "lineage.json").read_text())
     assert poemerge("lineage", tmp_path).exit_code == 1
+
+
+def test_report_of_a_model(
+    sources: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("click.launch", shown.append)
+    out = tmp_path / "merged"
+    poemerge("merge", *sources, "--out", out)
+    page = tmp_path / "merged-report" / "index.html"
+    done = poemerge("report", out, *sources, "--open")
+    assert done.exit_code == 0
+    assert page.is_file()
+    assert done.output.strip().splitlines()[-1] == str(page)
+    assert shown == [str(page)]
+    assert "was up to date" in poemerge("report", out, *sources).output
+    assert json.loads((out / "lineage.json").read_text())["outputs"].keys() == {
+        path.name for path in out.iterdir() if path.name != "lineage.json"
+    }
+
+
+def test_report_refuses_in_one_sentence(sources: list[object], tmp_path: Path) -> None:
+    refused = poemerge("report", tmp_path)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: ")
+    assert "give the folder of a run" in refused.stderr
+    assert poemerge("report", tmp_path, *sources[:2]).exit_code == 2

@@ -5,6 +5,7 @@ import pytest
 from flows.overrides import parse_settings, save_overrides
 from flows.params import load
 from flows.places import Places
+from flows.steps import STAGES
 from poemerge.errors import SettingError
 from tests.flows.conftest import PARAMS, ROOT
 
@@ -18,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_shipped_file_is_sound() -> None:
     params = load(ROOT / "params.yaml")
-    assert set(params.sections) == {"fetch", "task_vectors", "merge", "evaluate", "register"}
+    assert tuple(params.sections) == STAGES
 
 
 @pytest.mark.parametrize(

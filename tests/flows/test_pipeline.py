@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from prefect.artifacts import Artifact
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +72,7 @@ def test_the_first_run_does_everything(finished: tuple[Path, dict]) -> None:
         *("evaluate base", "evaluate red", "evaluate blue"),
         *(f"evaluate {method}" for method in METHODS),
         "register",
+        "report",
     ]
     board = json.loads((folder / "artifacts/register/leaderboard.json").read_text())
     merges = [row for row in board["rows"] if row["kind"] == "merge"]
@@ -106,6 +108,14 @@ def test_mlflow_holds_the_best(finished: tuple[Path, dict], monkeypatch) -> None
     assert hash_files(copy) == hash_files(Path(outcome["merges"][entry["candidate"]]))
 
 
+def test_prefect_links_the_page(finished: tuple[Path, dict]) -> None:
+    folder, outcome = finished
+    link = Artifact.get("report")
+    page = (folder / outcome["report"] / "index.html").resolve()
+    assert page.is_file()
+    assert page.as_uri() in link.data
+
+
 def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
     lock = (done / "dvc.lock").read_bytes()
     assert pipeline()["made"] == []
@@ -128,7 +138,7 @@ def test_repro_alone_writes_the_same_lock(done: Path) -> None:
 def test_one_number_changes_one_merge(done: Path) -> None:
     params = done / "params.yaml"
     params.write_text(params.read_text().replace("keep: 0.5", "keep: 0.25"))
-    assert pipeline()["made"] == ["merge ties", "evaluate ties", "register"]
+    assert pipeline()["made"] == ["merge ties", "evaluate ties", "register", "report"]
     assert "up to date" in dvc("status")
 
 
@@ -136,7 +146,7 @@ def test_overrides_leave_params_and_lock_alone(done: Path) -> None:
     before = {name: (done / name).read_bytes() for name in ("dvc.lock", "params.yaml")}
     overrides = ["merge.methods.ties.keep=0.25"]
     outcome = pipeline(overrides=overrides)
-    assert outcome["made"] == ["merge ties", "evaluate ties", "register"]
+    assert outcome["made"] == ["merge ties", "evaluate ties", "register", "report"]
     assert {name: (done / name).read_bytes() for name in before} == before
     assert "up to date" in dvc("status")
     assert Lineage.find(Path(outcome["merges"]["ties"])).params["settings"]["keep"] == 0.25
@@ -205,7 +215,7 @@ def test_the_command_runs_with_nothing_started(project: Path) -> None:
         command, cwd=project, check=False, capture_output=True, text=True, env=environment
     )
     assert ran.returncode == 0, ran.stderr
-    for word in (*METHODS, *TASKS, "norm", "mlflow ui"):
+    for word in (*METHODS, *TASKS, "norm", "mlflow ui", "artifacts/report/index.html"):
         assert word in ran.stdout
     refused = subprocess.run(
         [*command, "--set", "merge.methods.ties.kep=1"],

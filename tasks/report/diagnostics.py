@@ -1,0 +1,102 @@
+"""What needs the weights themselves: residuals of a merge, and how sure its mode is."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from poemerge.lineage import Source, core_code, digest, hash_files
+
+if TYPE_CHECKING:
+    from tasks.report.merges import Merge
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["output", "input"]
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What was found inside one merge.
+
+    Attributes:
+        key: of all that decides it, so that it is not computed again.
+        residuals: as `describe_residuals` gives them; empty where they cannot be known.
+        uncertainty: as `describe_uncertainty` gives it; of products of experts alone.
+    """
+
+    key: str
+    residuals: Mapping[str, Any] = field(default_factory=dict)
+    uncertainty: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How to look into merges.
+
+    Attributes:
+        base: checkpoint folder.
+        experts: name → checkpoint or adapter folder.
+        side: of the residuals.
+        seed: where entries are sampled.
+        device: auto, cpu or cuda[:i].
+    """
+
+    base: Path
+    experts: Mapping[str, Path]
+    side: Side
+    seed: int
+    device: str
+
+    def into(self, folder: Path, merge: "Merge", known: Mapping[str, Detail]) -> Detail:
+        """Describe the merge in `folder`, or take over what is `known` of the same bytes.
+
+        Args:
+            folder: merged model.
+            merge: its report.
+            known: key → detail.
+        """
+        key = self._key(folder)
+        if key in known:
+            return known[key]
+        logger.info("looking into %s", merge.label)
+        return Detail(
+            key,
+            self._residuals(folder, float(merge.settings.get("strength", 1.0))),
+            self._uncertainty(merge) if merge.is_solved else {},
+        )
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Of the experts' task vectors, where no stage has left them."""
+        from poemerge.statistics import describe_task_vectors  # noqa: PLC0415 - imports torch
+
+        return describe_task_vectors(self.base, self.experts)
+
+    def _key(self, merged: Path) -> str:
+        folders = {"base": self.base, **self.experts, "merged": merged}
+        sources = [[name, Source(name, hash_files(path)).digest] for name, path in folders.items()]
+        return digest([sources, self.side, self.seed, self.device, core_code()])
+
+    def _residuals(self, merged: Path, strength: float) -> Mapping[str, Any]:
+        if strength == 0:  # the merge is the base
+            return {}
+        from poemerge import describe_residuals  # noqa: PLC0415 - imports torch
+
+        given: dict[str, Any] = {"strength": strength, "side": self.side, "seed": self.seed}
+        return describe_residuals(self.base, self.experts, merged, **given)
+
+    def _uncertainty(self, merge: "Merge") -> Mapping[str, Any]:
+        describe = _find("poemerge.posterior.uncertainty", "describe_uncertainty")
+        if describe is None:
+            return {}
+        return describe(self.base, self.experts, merge.method, merge.settings, device=self.device)
+
+
+def _find(module: str, name: str) -> Callable[..., dict[str, Any]] | None:
+    """A part of the core that not every version has."""
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Pictures of a report: numbers and a theme in, a matplotlib figure out."""

@@ -1,0 +1,132 @@
+"""What varies over the depth of the model: one panel a module, layers in order along the x axis."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tasks.report.figures.style import MARKERS, SMALL, Theme, log_scale, panels
+from tasks.report.merges import Merge
+from tasks.report.numbers import Numbers
+
+Values = Mapping[str, float]  # tensor → number
+Line = tuple[list[int], list[float]]  # layers, values
+HEIGHT = 1.25  # inches of a panel
+
+
+def lines(
+    numbers: Numbers,
+    theme: Theme,
+    *,
+    series: Mapping[str, Values],
+    label: str,
+    band: Sequence[Values] = (),
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """A line for each merge in each module's panel, on a logarithmic axis.
+
+    Args:
+        numbers: for the places of the matrices and the colours of the merges.
+        theme: light or dark.
+        series: merge → matrix → positive number; one of them at least stands in a layer.
+        label: of the y axis, with its unit.
+        band: what the grey area spans, one for each expert.
+        marks: levels to name.
+    """
+    colours = theme.of(list(numbers.merges))
+    modules = _modules(numbers, set().union(*series.values()))
+    figure, axes = panels(len(modules), HEIGHT, sharex=True, sharey=True)
+    for axis, module in zip(axes, modules, strict=True):
+        for index, (name, values) in enumerate(series.items()):
+            layers, heights = _line(numbers, values, module)
+            axis.plot(
+                layers,
+                heights,
+                color=colours[name],
+                label=name,
+                linewidth=1.3,
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=3.5,
+                markevery=(index, max(1, len(layers) // 4)),  # few, and not above one another
+            )
+        _fill(axis, [_line(numbers, each, module) for each in band], theme)
+        for level in (marks or {}).values():
+            axis.axhline(level, color=theme.faint, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        _dress(axis, module)
+        axis.grid()
+    for words, level in (marks or {}).items():
+        _name_level(axes[0], words, level)
+    log_scale(axes[0])  # shared by all
+    figure.supylabel(label, fontsize=9)
+    figure.supxlabel("layer", fontsize=9)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=3, columnspacing=1.2)
+    return figure
+
+
+def shares(numbers: Numbers, merge: Merge, theme: Theme) -> Figure:
+    """Experts × layers, a panel for each module: how much of the solve each expert decides."""
+    weights = {matrix.name: matrix.weights for matrix in merge.solved}
+    modules = _modules(numbers, set(weights))
+    figure, axes = panels(len(modules), 0.4 + 0.14 * len(merge.experts), sharey=True)
+    top = max(max(by.values()) for by in weights.values())
+    for axis, module in zip(axes, modules, strict=True):
+        names = [n for n, p in numbers.places.items() if p.module == module and n in weights]
+        cells = np.array([[weights[n].get(e, np.nan) for n in names] for e in merge.experts])
+        edges = _edges([numbers.places[n].layer for n in names])
+        rows = np.arange(len(merge.experts) + 1) - 0.5
+        image = axis.pcolormesh(edges, rows, cells, cmap=theme.sequential, vmin=0, vmax=top)
+        axis.set_yticks(range(len(merge.experts)), merge.experts)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[:].set_visible(False)
+        _dress(axis, module)
+    axes[0].invert_yaxis()  # shared by all
+    figure.supxlabel("layer", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.6, aspect=40)
+    bar.outline.set_visible(False)
+    bar.set_label(f"share of the weight (equal shares: {1 / len(merge.experts):.2f})")
+    return figure
+
+
+def _modules(numbers: Numbers, names: set[str]) -> list[str]:
+    places = numbers.places.items()
+    return list(dict.fromkeys(place.module for name, place in places if name in names))
+
+
+def _line(numbers: Numbers, values: Values, module: str) -> Line:
+    places = numbers.places
+    names = [n for n, place in places.items() if place.module == module and values.get(n, 0) > 0]
+    return [places[n].layer for n in names], [values[n] for n in names]
+
+
+def _fill(axis: Axes, band: Sequence[Line], theme: Theme) -> None:
+    at: dict[int, list[float]] = {}
+    for layers, heights in band:
+        for layer, height in zip(layers, heights, strict=True):
+            at.setdefault(layer, []).append(height)
+    if at:
+        where = sorted(at)
+        low, high = [min(at[layer]) for layer in where], [max(at[layer]) for layer in where]
+        axis.fill_between(where, low, high, color=theme.grid, linewidth=0, label="experts, range")
+
+
+def _edges(layers: Sequence[int]) -> np.ndarray:
+    middle = np.asarray(layers, float)
+    if len(middle) == 1:
+        return np.array([middle[0] - 0.5, middle[0] + 0.5])
+    between = (middle[1:] + middle[:-1]) / 2
+    return np.array([middle[0] - 0.5, *between, middle[-1] + 0.5])
+
+
+def _name_level(axis: Axes, words: str, level: float) -> None:
+    where = axis.get_yaxis_transform()
+    axis.annotate(
+        words, (0, level), (0, 2), xycoords=where, textcoords="offset points", fontsize=SMALL
+    )
+
+
+def _dress(axis: Axes, module: str) -> None:
+    axis.set_title(module, pad=3)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
