@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from poemerge.extracting.report import ExtractReport
     from poemerge.merge import merge_checkpoints
     from poemerge.methods import METHODS
+    from poemerge.posterior.uncertainty import describe_uncertainty
     from poemerge.report import MergeReport
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MergeReport",
     "PoemergeError",
     "__version__",
+    "describe_uncertainty",
     "extract_adapter",
     "merge_checkpoints",
 ]
@@ -32,6 +34,7 @@ _HOME = {
     "METHODS": "poemerge.methods",
     "MergeReport": "poemerge.report",
     "PoemergeError": "poemerge.errors",
+    "describe_uncertainty": "poemerge.posterior.uncertainty",
     "extract_adapter": "poemerge.extract",
     "merge_checkpoints": "poemerge.merge",
 }

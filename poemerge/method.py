@@ -18,6 +18,12 @@ class Merged:
     certificates: tuple[Mapping[str, Any], ...] = ()
     posterior: "Posterior | None" = None
 
+    def draw(self) -> tuple[Update, tuple[Mapping[str, float], ...]]:
+        """The next draw from the posterior, and its facts; the update where there is no other."""
+        if self.posterior is None:
+            return self.update, ()
+        return next(self.posterior.draws), self.posterior.facts
+
     def mapped(self, change: Callable[[Update], Update]) -> "Merged":
         """The same with every update changed: the merged one, and all draws."""
         known = self.posterior

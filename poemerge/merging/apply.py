@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from poemerge.errors import NumericalError
+from poemerge.merging.choices import MODE_ALONE, Draws
 from poemerge.merging.groups import Batch
 from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
@@ -20,21 +21,6 @@ from poemerge.task_vector import Dense, LowRank, Stack, Update
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What is to be drawn from the posterior.
-
-    Attributes:
-        count: draws of every tensor.
-        sampler: `laplace` or `langevin`.
-        temperature: factor on their variance.
-    """
-
-    count: int
-    sampler: str = "laplace"
-    temperature: float = 1.0
-
-
 @dataclass
 class Applier:
     """Merges batches of a plan.
@@ -43,14 +29,14 @@ class Applier:
         plan: whose method and settings are used.
         seed: of methods that draw at random, and of draws from the posterior.
         device: where to solve.
-        draws: which posterior is asked for, or None.
+        draws: from the posterior.
         spilled: names of tensors that did not fit on the GPU and were solved on the CPU.
     """
 
     plan: Plan
     seed: int
     device: torch.device
-    draws: Draws | None = None
+    draws: Draws = MODE_ALONE
     spilled: list[str] = field(default_factory=list)
 
     def merge(self, batch: Batch, loaded: Loaded) -> Merged:
@@ -110,7 +96,7 @@ class Applier:
         )
 
     def _sampling(self, batch: Batch) -> Sampling | None:
-        if self.draws is None:
+        if not self.draws.count:
             return None
         seeds = tuple(seed_of(self.seed, info.name, "posterior") for info in batch.tensors)
         return Sampling(seeds, self.draws.sampler, self.draws.temperature)

@@ -65,9 +65,7 @@ class Noise:
         return torch.cat([draw(generator) for generator in self._generators]).to(self._like)
 
 
-def posterior_of(
-    density: Density, mode: Tensor, seeds: Sequence[int], sampling: Sampling
-) -> Drawn:
+def posterior_of(density: Density, mode: Tensor, seeds: Sequence[int], sampling: Sampling) -> Drawn:
     """The posterior around the mode (B, O, I) of a density, both in fp64."""
     found = laplace(density, mode, sampling.temperature)
     noise = Noise(seeds, mode)
