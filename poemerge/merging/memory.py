@@ -147,7 +147,7 @@ def _posterior_bytes(batch: Batch) -> int:
         inner = min(rank, group.shape[0]) * min(rank, group.shape[1])
         return count * (8 * (6 * experts + 8) * inner + spare)
     side = min(group.shape[-2:]) if len(group.shape) > 1 else 1
-    return count * (8 * ((4 * experts + 6) * group.size + (experts + 3) * side**2) + spare)
+    return count * (8 * ((4 * experts + 8) * group.size + (experts + 3) * side**2) + spare)
 
 
 def _pieces(group: Group, settings: Settings) -> int:
