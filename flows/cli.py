@@ -178,7 +178,28 @@ def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save
 @click.option(
     "--rank", type=click.IntRange(min=1), help="Truncate a merged adapter, at the best. [exact]"
 )
-@click.option("--seed", default=0, show_default=True, help="Of methods that draw at random.")
+@click.option("--seed", default=0, show_default=True, help="Of whatever is drawn at random.")
+@click.option(
+    "--samples",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Draws from the posterior, written to OUT-samples/000, 001, ...",
+)
+@click.option(
+    "--sampler",
+    default="laplace",
+    show_default=True,
+    type=click.Choice(["laplace", "langevin"]),
+    help="Of samples: Gaussian around the mode, or exact and slower.",
+)
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Factor on the samples' variance.",
+)
 @_memory
 @_overwrite
 def merge(
@@ -208,7 +229,7 @@ def merge(
         report = merge_checkpoints(
             folders.pop("base"), folders, out, method, progress=progress, **choices, **settings
         )
-    show_report(report, out)
+    show_report(report, out, samples=choices["samples"])
 
 
 @main.command()

@@ -108,10 +108,12 @@ def leaderboard_table(board: "Leaderboard", logs: Mapping[str, Path]) -> Table:
     return table
 
 
-def show_report(report: "MergeReport", out: Path) -> None:
-    """One line on what was made; warnings were logged."""
+def show_report(report: "MergeReport", out: Path, samples: int = 0) -> None:
+    """One line on what was made, one on samples if there are any; warnings were logged."""
     rules = ", ".join(f"{count} {rule}" for rule, count in report.rules.items())
     console.print(f"{out}: {len(report.experts)} experts merged by {report.method} ({rules})")
+    if samples:
+        console.print(f"{out}-samples: {samples} draws from the posterior")
 
 
 def show_extraction(report: "ExtractReport", out: Path) -> None:

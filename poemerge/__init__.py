@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from poemerge.extracting.report import ExtractReport
     from poemerge.merge import merge_checkpoints
     from poemerge.methods import METHODS
+    from poemerge.posterior.uncertainty import describe_uncertainty
     from poemerge.report import MergeReport
     from poemerge.residuals.describe import describe_residuals
 
@@ -25,6 +26,7 @@ __all__ = [
     "PoemergeError",
     "__version__",
     "describe_residuals",
+    "describe_uncertainty",
     "extract_adapter",
     "merge_checkpoints",
 ]
@@ -35,6 +37,7 @@ _HOME = {
     "MergeReport": "poemerge.report",
     "PoemergeError": "poemerge.errors",
     "describe_residuals": "poemerge.residuals.describe",
+    "describe_uncertainty": "poemerge.posterior.uncertainty",
     "extract_adapter": "poemerge.extract",
     "merge_checkpoints": "poemerge.merge",
 }

@@ -15,13 +15,16 @@ from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device
 from poemerge.expert_files import open_expert
 from poemerge.lineage import Lineage, Source, core_code
+from poemerge.merging.choices import Choices, Draws
 from poemerge.merging.plan import plan_merge
-from poemerge.merging.walk import Choices, Walk
+from poemerge.merging.walk import Walk
 from poemerge.methods import find
 from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
+
+SAMPLES = "-samples"  # a sibling: within a model folder they would be part of its hashes
 
 
 def merge_checkpoints(
@@ -36,6 +39,9 @@ def merge_checkpoints(
     rank: int | None = None,
     seed: int = 0,
     memory: int | None = None,
+    samples: int = 0,
+    sampler: str = "laplace",
+    temperature: float = 1.0,
     overwrite: bool = False,
     progress: Progress | None = None,
     **settings: Any,
@@ -53,8 +59,12 @@ def merge_checkpoints(
             better either way.
         output: `full`, or `adapter` for an exact merged PEFT adapter of rank ≤ Σ r.
         rank: to which a merged adapter is truncated, at the best; None leaves it exact.
-        seed: of methods that draw at random.
+        seed: of methods that draw at random, and of samples.
         memory: budget in bytes for the whole process; None takes what is quick.
+        samples: of the posterior of a product of experts, each a folder like `out` itself, in
+            `OUT-samples/000`, `001`, ... (docs/posterior.md).
+        sampler: `laplace`, Gaussian noise around the mode, or `langevin`, exact and slower.
+        temperature: factor on the samples' variance; 1 is what the experts' residuals suggest.
         overwrite: replace `out` where it exists.
         progress: called with (tensors done, tensors in all).
         **settings: of the method.
@@ -67,16 +77,23 @@ def merge_checkpoints(
     """
     out, base = Path(out), Path(base)
     folders = name_experts(experts)
-    check_out(out, [base, *folders.values()], overwrite=overwrite)
+    draws = Draws(samples, sampler, temperature)
+    outs = [out, out.with_name(out.name + SAMPLES)][: 1 + bool(samples)]
+    for place in outs:
+        check_out(place, [base, *folders.values()], overwrite=overwrite)
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory}
     with plan_merge(base, folders, method, settings) as plan, ThreadPoolExecutor(1) as pool:
-        choices = Choices(pick_device(device), dtype, output, seed, rank, memory)
+        choices = Choices(pick_device(device), dtype, output, seed, rank, memory, draws)
         walk = Walk(plan, choices, progress or silent)
         # Inputs are hashed while they are merged.
         lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
-        with new_folder(out) as folder, torch.inference_mode():
-            return walk.run(folder, lineage.result)
+        with ExitStack() as stack, torch.inference_mode():
+            folder, *beside = [stack.enter_context(new_folder(place)) for place in outs]
+            drawn = [place / f"{index:03}" for place in beside for index in range(samples)]
+            for place in drawn:
+                place.mkdir()
+            return walk.run([folder, *drawn], lineage.result)
 
 
 def merge_lineage(

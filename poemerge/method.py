@@ -1,7 +1,7 @@
 """What a merge method is, and the table that `poemerge.methods` fills."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,51 @@ class Merged:
 
     update: Update  # (B, *shape)
     certificates: tuple[Mapping[str, Any], ...] = ()
+    posterior: "Posterior | None" = None
+
+    def draw(self) -> tuple[Update, tuple[Mapping[str, float], ...]]:
+        """The next draw from the posterior, and its facts; the update where there is no other."""
+        if self.posterior is None:
+            return self.update, ()
+        return next(self.posterior.draws), self.posterior.facts
+
+    def mapped(self, change: Callable[[Update], Update]) -> "Merged":
+        """The same with every update changed: the merged one, and all draws."""
+        known = self.posterior
+        draws = None if known is None else Posterior(known.facts, map(change, known.draws))
+        return Merged(change(self.update), self.certificates, draws)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What a product of experts knows beside its mode (docs/posterior.md).
+
+    Attributes:
+        facts: one a tensor: `relative_std`, and `acceptance` of a Langevin sampler.
+        draws: updates (B, *shape) from the posterior, without end.
+    """
+
+    facts: tuple[Mapping[str, float], ...]
+    draws: Iterator[Update]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the posterior is to be sampled.
+
+    Attributes:
+        seeds: one a tensor of the batch.
+        sampler: `laplace` or `langevin`.
+        temperature: factor on the variance of draws; 1 is the residuals' own.
+    """
+
+    seeds: tuple[int, ...]
+    sampler: str = "laplace"
+    temperature: float = 1.0
+
+    def part(self, index: int) -> "Sampling":
+        """That of one tensor of the batch."""
+        return replace(self, seeds=self.seeds[index : index + 1])
 
 
 @dataclass(frozen=True)
@@ -53,6 +98,7 @@ class Call:
         prepared: what `Method.prepare` found in the whole tensors (B, E), where rows are merged
             apart.
         cut: how the matrix falls into pieces, from the plan.
+        sampling: how to sample the posterior, if it is asked for.
     """
 
     weights: Tensor
@@ -60,6 +106,12 @@ class Call:
     curvature: Tensor | None = None
     prepared: Tensor | None = None
     cut: Cut | None = None
+    sampling: Sampling | None = None
+
+    @property
+    def draw_seeds(self) -> tuple[int, ...]:
+        """Seeds of draws from the posterior, one a tensor; none if there are no draws."""
+        return self.sampling.seeds if self.sampling else ()
 
     @property
     def sizes(self) -> tuple[int, ...]:

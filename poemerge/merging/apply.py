@@ -1,16 +1,18 @@
 """A method applied to a loaded batch: which method, with which say, and where it fits."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from poemerge.errors import NumericalError
+from poemerge.merging.choices import MODE_ALONE, Draws
 from poemerge.merging.groups import Batch
 from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
-from poemerge.method import Call, Merged, Method
+from poemerge.method import Call, Merged, Method, Posterior, Sampling
 from poemerge.methods import find
 from poemerge.rules import AVERAGE, VOCABULARY
 from poemerge.task_vector import Dense, LowRank, Stack, Update
@@ -24,14 +26,16 @@ class Applier:
 
     Attributes:
         plan: whose method and settings are used.
-        seed: of methods that draw at random.
+        seed: of methods that draw at random, and of draws from the posterior.
         device: where to solve.
+        draws: from the posterior.
         spilled: names of tensors that did not fit on the GPU and were solved on the CPU.
     """
 
     plan: Plan
     seed: int
     device: torch.device
+    draws: Draws = MODE_ALONE
     spilled: list[str] = field(default_factory=list)
 
     def merge(self, batch: Batch, loaded: Loaded) -> Merged:
@@ -49,11 +53,7 @@ class Applier:
             return self._apply(batch, stack, call)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
-        parts = [self._alone(batch, stack, call, index) for index in range(len(batch.tensors))]
-        return Merged(
-            _join([part.update for part in parts]),
-            tuple(certificate for part in parts for certificate in part.certificates),
-        )
+        return _join([self._alone(batch, stack, call, i) for i in range(len(batch.tensors))])
 
     def _alone(self, batch: Batch, stack: Stack, call: Call, index: int) -> Merged:
         """One tensor of a batch that did not fit as a whole: on the GPU, else on the CPU."""
@@ -92,7 +92,14 @@ class Applier:
             loaded.curvature,
             loaded.prepared,
             batch.group.cut,
+            self._sampling(batch),
         )
+
+    def _sampling(self, batch: Batch) -> Sampling | None:
+        if not self.draws.count:
+            return None
+        seeds = tuple(seed_of(self.seed, info.name, "posterior") for info in batch.tensors)
+        return Sampling(seeds, self.draws.sampler, self.draws.temperature)
 
 
 def seed_of(seed: int, tensor: str, expert: str) -> int:
@@ -109,6 +116,7 @@ def _part_of(call: Call, index: int) -> Call:
         seeds=call.seeds[own],
         curvature=None if call.curvature is None else call.curvature[own],
         prepared=None if call.prepared is None else call.prepared[own],
+        sampling=None if call.sampling is None else call.sampling.part(index),
     )
 
 
@@ -121,7 +129,18 @@ def _moved(call: Call, device: torch.device) -> Call:
     )
 
 
-def _join(updates: list[Update]) -> Update:
+def _join(parts: Sequence[Merged]) -> Merged:
+    """One batch of tensors that were merged one by one."""
+    known = [part.posterior for part in parts if part.posterior is not None]
+    posterior = None
+    if known:
+        facts = tuple(fact for one in known for fact in one.facts)
+        posterior = Posterior(facts, map(_together, zip(*(p.draws for p in known), strict=True)))
+    certificates = tuple(certificate for part in parts for certificate in part.certificates)
+    return Merged(_together([part.update for part in parts]), certificates, posterior)
+
+
+def _together(updates: Sequence[Update]) -> Update:
     """One update of a batch, on the CPU if a part of it is there: the GPU had no room for it."""
     if any(update.device.type == "cpu" for update in updates):
         updates = [update.to(CPU, torch.float32) for update in updates]

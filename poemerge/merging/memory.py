@@ -34,7 +34,13 @@ def batch_bytes(method: Method, device: torch.device, limit: int | None = None) 
 
 
 def fit(
-    groups: Sequence[Group], method: Method, settings: Settings, device: torch.device, budget: int
+    groups: Sequence[Group],
+    method: Method,
+    settings: Settings,
+    device: torch.device,
+    budget: int,
+    *,
+    sampled: bool = False,
 ) -> int:
     """Largest loaded bytes of a batch that keep the peak within `budget` bytes.
 
@@ -43,10 +49,11 @@ def fit(
     """
     limit = LIMITS[device.type]
     while limit >= SMALLEST:
-        if peak_bytes(groups, method, settings, batch_bytes(method, device, limit)) <= budget:
+        loaded = batch_bytes(method, device, limit)
+        if peak_bytes(groups, method, settings, loaded, sampled=sampled) <= budget:
             return limit
         limit //= 2
-    least = peak_bytes(groups, method, settings, SMALLEST)
+    least = peak_bytes(groups, method, settings, SMALLEST, sampled=sampled)
     raise SettingError(
         f"memory is {budget / 1e9:.2f} GB, but the largest tensor group needs "
         f"{least / 1e9:.2f} GB; allow that much, or choose a method that merges rows apart "
@@ -54,7 +61,14 @@ def fit(
     )
 
 
-def peak_bytes(groups: Sequence[Group], method: Method, settings: Settings, limit: int) -> int:
+def peak_bytes(
+    groups: Sequence[Group],
+    method: Method,
+    settings: Settings,
+    limit: int,
+    *,
+    sampled: bool = False,
+) -> int:
     """Estimate of the largest resident memory of the whole process."""
     every = sum(len(group.tensors) * group.loaded_bytes for group in groups)
     largest, ahead = 0, min(limit, every)
@@ -62,7 +76,8 @@ def peak_bytes(groups: Sequence[Group], method: Method, settings: Settings, limi
         if group.rule == TIED:
             continue
         for batch in group.batches(limit, local=method.local):
-            largest = max(largest, _batch_peak(batch, method, settings, ahead))
+            peak = _batch_peak(batch, method, settings, ahead)
+            largest = max(largest, peak + (_posterior_bytes(batch) if sampled else 0))
             break  # the first batch of a group is the largest
     return OVERHEAD + largest
 
@@ -121,6 +136,20 @@ def _product_bytes(group: Group, count: int, settings: Settings) -> int:
     relative = getattr(settings, "ridge_mode", "") == "relative"
     is_safe = relative and getattr(settings, "ridge", 0.0) >= SAFE_RIDGE
     return count * solved(4) if is_safe else max(count * solved(4), exact)
+
+
+def _posterior_bytes(batch: Batch) -> int:
+    """Forms and directions of all experts in fp64, a draw with its noise, and the base again."""
+    group, count = batch.as_group, len(batch.tensors)
+    if group.rule not in {MATRIX, VOCABULARY, FORMULA}:
+        return 4 * count * group.size
+    experts, spare = len(group.voters), 2 * 4 * group.size
+    if group.in_factors:
+        rank = group.joint_rank
+        inner = min(rank, group.shape[0]) * min(rank, group.shape[1])
+        return count * (8 * (6 * experts + 8) * inner + spare)
+    side = min(group.shape[-2:]) if len(group.shape) > 1 else 1
+    return count * (8 * ((4 * experts + 8) * group.size + (experts + 3) * side**2) + spare)
 
 
 def _pieces(group: Group, settings: Settings) -> int:

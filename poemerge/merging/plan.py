@@ -53,15 +53,22 @@ class Plan:
         )
         return sum(t.bytes for t in self.base.tensors.values()) + sum(sizes)
 
-    def limit(self, device: torch.device, budget: int | None = None) -> int:
+    def limit(
+        self, device: torch.device, budget: int | None = None, *, sampled: bool = False
+    ) -> int:
         """Loaded bytes of a batch, within a budget of memory (bytes) if there is one.
+
+        Args:
+            device: where to solve.
+            budget: bytes, or None.
+            sampled: True if posteriors are sampled too.
 
         Raises:
             SettingError: the budget is too small for the largest tensor group.
         """
         usual = LIMITS[device.type]
         if budget is not None:
-            usual = fit(self.groups, self.method, self.settings, device, budget)
+            usual = fit(self.groups, self.method, self.settings, device, budget, sampled=sampled)
         return batch_bytes(self.method, device, usual)
 
     def peak_bytes(self, device: torch.device = CPU, budget: int | None = None) -> int:

@@ -14,7 +14,7 @@ from poemerge.checkpoint import TensorInfo
 from poemerge.errors import NumericalError
 from poemerge.layout import INDEX
 from poemerge.merging.plan import Plan
-from poemerge.merging.stream import Behind
+from poemerge.merging.stream import BEHIND, Behind
 from poemerge.rules import TIED
 from poemerge.writer import ShardWriter
 
@@ -26,15 +26,20 @@ class Shards:
         folder: where to.
         plan: says which tensor lies in which file.
         dtype_of: stored dtype of a base dtype.
+        waiting: writes that may wait.
     """
 
     def __init__(
-        self, folder: Path, plan: Plan, dtype_of: Callable[[torch.dtype], torch.dtype]
+        self,
+        folder: Path,
+        plan: Plan,
+        dtype_of: Callable[[torch.dtype], torch.dtype],
+        waiting: int = BEHIND,
     ) -> None:
         self.folder, self.plan, self.dtype_of = folder, plan, dtype_of
         infos = [i for group in plan.groups if group.rule != TIED for i in group.tensors]
         self._layout = {i.name: (i.file, i.shape, dtype_of(i.dtype)) for i in infos}
-        self._behind = Behind()
+        self._behind = Behind(waiting)
         self._current: tuple[str, ShardWriter] | None = None
         self._writers = ExitStack()
 

@@ -46,16 +46,20 @@ class Behind:
     """Calls made in a thread, in order, a few at most waiting; use as a context.
 
     An error in one is raised at the next call, or when the context ends.
+
+    Args:
+        limit: calls that may wait; with 0 each is waited for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = BEHIND) -> None:
+        self._limit = limit
         self._pool = ThreadPoolExecutor(1, "write-behind")
         self._waiting: deque[Future[Any]] = deque()
 
     def call(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Do `work(*arguments)` soon."""
         self._waiting.append(self._pool.submit(work, *arguments))
-        while len(self._waiting) > BEHIND:
+        while len(self._waiting) > self._limit:
             self._waiting.popleft().result()
 
     def __enter__(self) -> Self:

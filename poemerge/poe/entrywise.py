@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poemerge import linalg
+from poemerge.poe.root import DiagonalRoot
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ class Entrywise:
             return weights.sum(dim=-1)
         means = self.precisions.mean(dim=(-2, -1), dtype=torch.float64)
         return (weights * means).sum(dim=-1)
+
+    def pulls(self, merged: Tensor) -> Tensor:
+        """P_i ⊙ (M - A_i) (B, E, O, I)."""
+        own = merged.unsqueeze(1)
+        return (own if self.precisions is None else self.precisions * own) - self.targets
+
+    def root(self, weights: Tensor, ridge: Tensor) -> DiagonalRoot:
+        """1 / √H, entry by entry."""
+        diagonal, _ = self._system(weights, ridge)
+        return DiagonalRoot(torch.where(diagonal > 0, diagonal.rsqrt(), 0.0))
 
     def _system(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         """Diagonal of H, (B, O, I) or (B, 1, 1), and b (B, O, I)."""

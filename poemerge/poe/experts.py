@@ -18,6 +18,7 @@ from torch import Tensor
 
 from poemerge.poe.entrywise import Entrywise
 from poemerge.poe.onesided import OneSided
+from poemerge.poe.root import Root
 
 
 class Tail(Protocol):
@@ -55,6 +56,12 @@ class Form(Protocol):
 
     def certify(self, merged: Tensor, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         """||H M - b|| / ||b|| and the condition of H, (B,) each."""
+
+    def pulls(self, merged: Tensor) -> Tensor:
+        """P_i (M - A_i) (B, E, O, I): half the gradient of q_i."""
+
+    def root(self, weights: Tensor, ridge: Tensor) -> Root:
+        """L with L Lᵀ = H = Σ α_i P_i + λ I."""
 
     def mean_diagonal(self, weights: Tensor) -> Tensor:
         """Mean diagonal entry of Σ w_i P_i (B,): the unit of a relative ridge."""

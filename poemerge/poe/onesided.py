@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from poemerge import linalg
+from poemerge.poe.root import CholeskyRoot
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ class OneSided:
         matrix, right = self.system(weights, ridge)
         factor, failed = linalg.cholesky(matrix)
         return linalg.solve(factor, right), failed
+
+    def pulls(self, merged: Tensor) -> Tensor:
+        """P_i (M - A_i) (B·N, E, O, I)."""
+        precisions = self.precisions.repeat_interleave(self.pieces, dim=0)
+        return precisions @ merged.unsqueeze(1) - self.targets.mT
+
+    def root(self, weights: Tensor, ridge: Tensor) -> CholeskyRoot:
+        """The Cholesky factor of H."""
+        return CholeskyRoot(linalg.cholesky(self.system(weights, ridge)[0])[0])
 
     def system(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         """H = Σ α_i P_i + λ I (B·N, O, O), b = Σ α_i P_i A_i (B·N, O, I); α (B·N, E), λ (B·N,)."""

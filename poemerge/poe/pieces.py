@@ -10,82 +10,110 @@ The precisions act on the axis O of what comes in here (product.py turns the inp
 An axis that is not cut may be exchanged for a joint basis first, as for whole matrices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from poemerge.method import Call
-from poemerge.poe.certificate import Certificate, combine
 from poemerge.poe.experts import Precision
 from poemerge.poe.solver import Problem
-from poemerge.task_vector import DenseStack, Stack, Update
+from poemerge.task_vector import DenseStack, Lift, Stack, Update
 
-Solve = Callable[[Problem], tuple[Tensor, list[Certificate]]]
 ROWS, COLUMNS = -2, -1
+Fact = TypeVar("Fact")
 
 
-def solve_in_pieces(
-    stack: Stack, call: Call, precision: Precision, solve: Solve, *, turned: bool
-) -> tuple[Update, list[Certificate]]:
-    """The modes of a stack of matrices (O, I), and one certificate for each matrix.
+@dataclass(frozen=True)
+class Pieces:
+    """A stack of B matrices as problems to solve, and the way back.
+
+    Attributes:
+        problems: pieces of one size together.
+        join: answers to the problems, one tensor each, → the merged update (B, O, I).
+        batch: B.
+        adjacent: True if the pieces of a matrix follow one another in a problem; else the matrices
+            take turns.
+    """
+
+    problems: tuple[Problem, ...]
+    join: Callable[[Sequence[Tensor]], Update]
+    batch: int
+    adjacent: bool = False
+
+    def sort(self, facts: Iterable[Sequence[Fact]]) -> list[list[Fact]]:
+        """One fact on every piece of every problem → those on each matrix."""
+        found: list[list[Fact]] = [[] for _ in range(self.batch)]
+        for own in facts:
+            count = len(own) // self.batch
+            for index, fact in enumerate(own):
+                found[index // count if self.adjacent else index % self.batch].append(fact)
+        return found
+
+
+def cut_up(stack: Stack, call: Call, precision: Precision, *, turned: bool) -> Pieces:
+    """The problems that a stack of matrices (O, I) falls into.
 
     Args:
         stack: updates; the precisions act on their rows.
-        call: weights, curvature, and how to cut.
+        call: weights, curvature, seeds, and how to cut.
         precision: row of the table of precisions.
-        solve: gives modes and certificates of a problem.
         turned: True if the stack is transposed, so that the cut names the other axis.
     """
     if call.cut is None:
         deltas, lift = stack.reduced(*precision.reduces)
-        merged, certificates = solve(Problem(deltas, call.curvature, call.weights, stack.shape[0]))
-        return lift(merged), certificates
+        whole = Problem(deltas, call.curvature, call.weights, stack.shape[0], seeds=call.draw_seeds)
+        return Pieces((whole,), lambda answers: lift(answers[0]), len(deltas))
     axis = COLUMNS if (call.cut.axis == "rows") == turned else ROWS
     if axis == COLUMNS and precision.matrices and not call.cut.apart:
-        return _share(stack, call, precision, solve)
-    return _part(stack, call, precision, solve, axis)
+        return _share(stack, call, precision)
+    return _part(stack, call, precision, axis)
 
 
-def _share(
-    stack: Stack, call: Call, precision: Precision, solve: Solve
-) -> tuple[Update, list[Certificate]]:
+def _share(stack: Stack, call: Call, precision: Precision) -> Pieces:
     """Pieces of equal width along I that share their precisions; a shorter last one is padded."""
     deltas, lift = stack.reduced(precision.reduces[0], columns=False)
     count, size, wide = len(call.sizes), max(call.sizes), deltas.shape[-1]
     padded = pad(deltas, (0, count * size - wide))
-    problem = Problem(padded, call.curvature, call.weights, stack.shape[0], count)
-    merged, pieces = solve(problem)
-    whole = merged.unflatten(0, (-1, count)).movedim(1, -2).flatten(-2)[..., :wide]
-    groups = [pieces[start : start + count] for start in range(0, len(pieces), count)]
-    return lift(whole), [combine(group) for group in groups]
+    problem = Problem(padded, call.curvature, call.weights, stack.shape[0], count, call.draw_seeds)
+
+    def join(answers: Sequence[Tensor]) -> Update:
+        (merged,) = answers
+        return lift(merged.unflatten(0, (-1, count)).movedim(1, -2).flatten(-2)[..., :wide])
+
+    return Pieces((problem,), join, len(deltas), adjacent=True)
 
 
-def _part(
-    stack: Stack, call: Call, precision: Precision, solve: Solve, axis: int
-) -> tuple[Update, list[Certificate]]:
+def _part(stack: Stack, call: Call, precision: Precision, axis: int) -> Pieces:
     """Pieces that are matrices of their own; those of one size go together."""
     reduces = precision.reduces
     free = (False, reduces[1]) if axis == ROWS else (reduces[0], False)
     deltas, lift = stack.reduced(*free)
     starts = list(accumulate(call.sizes, initial=0))[:-1]
-    found: dict[int, Tensor] = {}
-    certificates: list[list[Certificate]] = [[] for _ in deltas]
+    problems: list[Problem] = []
+    ways: list[tuple[list[int], Lift]] = []
     for size in sorted(set(call.sizes)):
         chosen = [s for s, width in zip(starts, call.sizes, strict=True) if width == size]
         own = torch.cat([deltas.narrow(axis, start, size) for start in chosen])
         given = _curvature(call.curvature, precision, axis, chosen, size)
         small, back = DenseStack(own).reduced(axis == ROWS and reduces[0], columns=False)
         whole = size if axis == ROWS else stack.shape[0]
+        seeds = tuple(seed + start for start in chosen for seed in call.draw_seeds)
         weights = call.weights.repeat(len(chosen), 1)
-        merged, solved = solve(Problem(small, given, weights, whole))
-        found |= dict(zip(chosen, back(merged).dense().chunk(len(chosen)), strict=True))
-        for i, certificate in enumerate(solved):
-            certificates[i % len(certificates)].append(certificate)
-    joined = torch.cat([found[start] for start in starts], dim=axis)
-    return lift(joined), [combine(pieces) for pieces in certificates]
+        problems.append(Problem(small, given, weights, whole, seeds=seeds))
+        ways.append((chosen, back))
+
+    def join(answers: Sequence[Tensor]) -> Update:
+        found: dict[int, Tensor] = {}
+        for (chosen, back), answer in zip(ways, answers, strict=True):
+            found |= dict(zip(chosen, back(answer).dense().chunk(len(chosen)), strict=True))
+        return lift(torch.cat([found[start] for start in starts], dim=axis))
+
+    return Pieces(tuple(problems), join, len(deltas))
 
 
 def _curvature(

@@ -1,14 +1,18 @@
 """A product of experts over a stack of task vectors: from settings to mode and certificate."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
-from poemerge.method import Call, Cut, Merged
+from torch import Tensor
+
+from poemerge.method import Call, Cut, Merged, Posterior, Sampling
+from poemerge.poe.certificate import combine
 from poemerge.poe.experts import PRECISIONS
-from poemerge.poe.pieces import solve_in_pieces
+from poemerge.poe.pieces import Pieces, cut_up
 from poemerge.poe.settings import ProductSettings
-from poemerge.poe.solver import Energy, solve_matrices
-from poemerge.task_vector import Dense, DenseStack, Stack
+from poemerge.poe.solver import Energy, pose, solve_matrices
+from poemerge.posterior.draws import posterior_of, summarise
+from poemerge.task_vector import Dense, DenseStack, Stack, Update
 
 
 def product_of_experts(stack: Stack, energy: Energy, call: Call) -> Merged:
@@ -27,15 +31,35 @@ def product_of_experts(stack: Stack, energy: Energy, call: Call) -> Merged:
     if call.cut is None:
         call = replace(call, cut=_blocks(stack, energy.settings))
     turned = energy.settings.acts_on == "input"
-    update, certificates = solve_in_pieces(
-        stack.mT if turned else stack,
-        call,
-        PRECISIONS[energy.settings.precision],
-        partial(solve_matrices, energy),
-        turned=turned,
-    )
-    dicts = tuple(certificate.as_dict() for certificate in certificates)
-    return Merged(update.mT if turned else update, dicts)
+    precision = PRECISIONS[energy.settings.precision]
+    pieces = cut_up(stack.mT if turned else stack, call, precision, turned=turned)
+    solved = [solve_matrices(energy, problem) for problem in pieces.problems]
+
+    def join(answers: Sequence[Tensor]) -> Update:
+        update = pieces.join(answers)
+        return update.mT if turned else update
+
+    modes = [merged for merged, _ in solved]
+    certificates = map(combine, pieces.sort([found for _, found in solved]))
+    posterior = _posterior(energy, pieces, modes, join, call.sampling) if call.sampling else None
+    return Merged(join(modes), tuple(c.as_dict() for c in certificates), posterior)
+
+
+def _posterior(
+    energy: Energy,
+    pieces: Pieces,
+    modes: Sequence[Tensor],
+    join: Callable[[Sequence[Tensor]], Update],
+    sampling: Sampling,
+) -> Posterior:
+    """What is known of the stack beside its modes; drawn piece by piece."""
+    found = [
+        posterior_of(pose(energy, problem.double()), mode.double(), problem.seeds, sampling)
+        for problem, mode in zip(pieces.problems, modes, strict=True)
+    ]
+    facts = tuple(map(summarise, pieces.sort([one.facts for one in found])))
+    draws = zip(*(one.draws for one in found), strict=True)
+    return Posterior(facts, map(join, draws))
 
 
 def _blocks(stack: Stack, settings: ProductSettings) -> Cut | None:
@@ -54,5 +78,8 @@ def _as_rows(stack: Stack, energy: Energy, call: Call) -> Merged:
     flat = None if curvature is None else curvature.reshape(*deltas.shape[:2], 1, -1)
     rows = DenseStack(deltas.reshape(*deltas.shape[:2], 1, -1))
     merged = product_of_experts(rows, energy, replace(call, curvature=flat, cut=None))
-    shaped = Dense(merged.update.dense().reshape(-1, *stack.shape))
-    return Merged(shaped, merged.certificates)
+
+    def shape(update: Update) -> Update:
+        return Dense(update.dense().reshape(-1, *stack.shape))
+
+    return merged.mapped(shape)

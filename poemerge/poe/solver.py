@@ -45,6 +45,7 @@ class Problem:
         weights: say of the experts (B, E).
         dimension: O of the whole matrices.
         pieces: N, into which I is cut.
+        seeds: of what is drawn at random, one a matrix; none if nothing is.
     """
 
     deltas: Tensor
@@ -52,6 +53,7 @@ class Problem:
     weights: Tensor
     dimension: int
     pieces: int = 1
+    seeds: tuple[int, ...] = ()
 
     def one(self, index: int) -> "Problem":
         """One matrix of the batch, with its pieces, in fp64."""
@@ -59,6 +61,27 @@ class Problem:
         given = None if self.curvature is None else self.curvature[own]
         deltas = self.deltas[own].double()
         return Problem(deltas, given, self.weights[own], self.dimension, self.pieces)
+
+    def double(self) -> "Problem":
+        """The same in fp64."""
+        return replace(self, deltas=self.deltas.double())
+
+
+@dataclass(frozen=True)
+class Density:
+    """p(M) ∝ Π exp(-E_i(M)) · exp(-λ/2 ||M||²) of a batch; axes as in experts.py.
+
+    Attributes:
+        form: the experts' residual forms.
+        tail: their cost.
+        start: weights (B, E) of the Gaussian mode to start from.
+        ridge: λ (B,).
+    """
+
+    form: Form
+    tail: Tail
+    start: Tensor
+    ridge: Tensor
 
 
 def solve_matrices(energy: Energy, problem: Problem) -> tuple[Tensor, list[Certificate]]:
@@ -72,7 +95,7 @@ def solve_matrices(energy: Energy, problem: Problem) -> tuple[Tensor, list[Certi
     if not PRECISIONS[energy.settings.precision].matrices:
         return _attempt(energy, problem)
     if problem.deltas.shape[-2] <= SMALL:
-        problem = replace(problem, deltas=problem.deltas.double())
+        problem = problem.double()
     merged, certificates = _attempt(energy, problem)
     if problem.deltas.dtype != torch.float64:
         weak = {i // problem.pieces for i, c in enumerate(certificates) if not c.is_trusted}
@@ -89,6 +112,13 @@ def solve_matrices(energy: Energy, problem: Problem) -> tuple[Tensor, list[Certi
 
 def _attempt(energy: Energy, problem: Problem) -> tuple[Tensor, list[Certificate]]:
     """One solve in the dtype of the updates."""
+    posed = pose(energy, problem)
+    mode = solve(posed.form, posed.tail, posed.start, posed.ridge, energy.stop)
+    return mode.merged, certify(posed.form, mode, posed.ridge)
+
+
+def pose(energy: Energy, problem: Problem) -> Density:
+    """The density whose mode is sought, in the dtype of the updates."""
     settings, pieces = energy.settings, problem.pieces
     form = PRECISIONS[settings.precision].form(
         problem.deltas, problem.curvature, problem.dimension, pieces
@@ -98,9 +128,7 @@ def _attempt(energy: Energy, problem: Problem) -> tuple[Tensor, list[Certificate
     if settings.balance == "norm":
         trust = torch.where(form.norms > 0, trust / form.norms, 0.0)
     tail = energy.tail_of(form, trust, lambda: _relative_residuals(form, trust))
-    start, ridge = _start_and_ridge(form, tail, settings)
-    mode = solve(form, tail, start, ridge, energy.stop)
-    return mode.merged, certify(form, mode, ridge)
+    return Density(form, tail, *_start_and_ridge(form, tail, settings))
 
 
 def _start_and_ridge(form: Form, tail: Tail, settings: ProductSettings) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,19 @@ def test_merge_makes_a_folder(sources: list[object], tmp_path: Path) -> None:
     assert report["settings"]["ridge"] == 0.1
 
 
+def test_merge_draws_samples(sources: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    draw = ("--samples", 2, "--temperature", 0.5, "--output", "adapter")
+    done = poemerge("merge", *sources, "--out", out, *draw)
+    assert done.exit_code == 0
+    assert "2 draws from the posterior" in done.output
+    drawn = tmp_path / "merged-samples" / "001"
+    assert (drawn / "adapter_model.safetensors").exists()
+    record = json.loads((drawn / "lineage.json").read_text())
+    expected = {"draw": 1, "sampler": "laplace", "temperature": 0.5}
+    assert record["params"]["posterior"] == expected
+
+
 def test_merge_makes_an_adapter(sources: list[object], tmp_path: Path) -> None:
     out = tmp_path / "merged"
     assert poemerge("merge", *sources, "--out", out, "--output", "adapter").exit_code == 0
@@ -57,6 +70,7 @@ def test_merge_makes_an_adapter(sources: list[object], tmp_path: Path) -> None:
         (["--device", "cuda:99"], "device is 'cuda:99'"),
         (["--expert", "nowhere"], "nowhere"),
         (["--method", "ties", "--output", "adapter"], "ties makes dense updates"),
+        (["--method", "ties", "--samples", "2"], "ties has no posterior"),
     ],
 )
 def test_a_refusal_is_one_sentence(
