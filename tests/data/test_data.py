@@ -3,12 +3,15 @@
 import json
 import re
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from poemerge.lineage import Lineage, hash_files, sha256
 
 DATA = Path(__file__).parents[2] / "data"
 TASKS = sorted(path.stem for path in (DATA / "tasks").glob("*.yaml"))
@@ -26,12 +29,16 @@ def key(row: dict[str, str]) -> str:
     return re.sub(r"[^a-z0-9+\-*]", "", row["text"].lower())
 
 
+def factors(expert: str) -> dict[str, torch.Tensor]:
+    return load_file(DATA / "experts" / expert / "adapter_model.safetensors")
+
+
 def config(task: str) -> dict[str, object]:
     return yaml.safe_load((DATA / "tasks" / f"{task}.yaml").read_text())
 
 
 def test_enough_tasks_each_with_an_expert() -> None:
-    assert len(TASKS) >= 5
+    assert len(TASKS) == 8
     assert EXPERTS == TASKS
 
 
@@ -79,6 +86,7 @@ def test_expert_is_a_plain_small_adapter(expert: str) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "lineage.json",
     }
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA"
@@ -91,15 +99,36 @@ def test_expert_is_a_plain_small_adapter(expert: str) -> None:
 
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_expert_is_finite_and_learnt_something_everywhere(expert: str) -> None:
-    for name, value in load_file(DATA / "experts" / expert / "adapter_model.safetensors").items():
+    for name, value in factors(expert).items():
         assert value.dtype == torch.float16, name
         assert value.isfinite().all(), name
         assert value.any(), name
 
 
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_expert_was_trained_on_the_prompt_and_items_that_are_here(expert: str) -> None:
+    record = Lineage.find(DATA / "experts" / expert)
+    assert record is not None
+    read = {name: digest for source in record.inputs for name, digest in source.files.items()}
+    assert read["train.jsonl"] == sha256(DATA / "tasks" / expert / "train.jsonl")
+    assert read[f"{expert}.yaml"] == sha256(DATA / "tasks" / f"{expert}.yaml")
+    assert dict(record.outputs) == hash_files(DATA / "experts" / expert)
+
+
+def test_experts_began_at_random_factors_of_their_own() -> None:
+    for first, second in combinations(map(input_side, EXPERTS), 2):
+        assert abs(torch.cosine_similarity(first, second, dim=0)) < 0.2
+
+
+def input_side(expert: str) -> torch.Tensor:
+    """All A factors in one vector."""
+    sides = [value for name, value in sorted(factors(expert).items()) if "lora_A" in name]
+    return torch.cat([side.float().flatten() for side in sides])
+
+
 def test_experts_together_are_small() -> None:
     files = (DATA / "experts").glob("*/adapter_model.safetensors")
-    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert sum(path.stat().st_size for path in files) <= 24_000_000
 
 
 @pytest.mark.parametrize("task", TASKS)
