@@ -22,10 +22,11 @@ from poemerge.lineage import (
 )
 from tasks.report.diagnostics import Detail, Look, Side
 from tasks.report.numbers import FORMAT, Numbers, gather
-from tasks.report.sources import Sources
+from tasks.report.sources import Sources, read
 
 STAGE = "report"
 PAGE, NUMBERS = "index.html", "report.json"
+WRITTEN = frozenset({".py", ".jinja", ".css", ".js"})
 TOOLS = ("matplotlib", "scipy", "jinja2")
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def write_report(
         SettingError: `out` holds something else.
         SourceError: a file is missing, or two do not belong together.
     """
+    from poemerge.device import describe_device, pick_device  # noqa: PLC0415  torch: 1 s
+
     found = Lineage.find(out)
     if out.exists() and any(out.iterdir()) and (found is None or found.stage != STAGE):
         raise SettingError(f"{out} holds something else than a report; choose another --out.")
@@ -113,6 +116,7 @@ def write_report(
         STAGE,
         params,
         sources.hashed(),
+        device=describe_device(pick_device(device)),
         code={**core_code(), "report": _code()},
         packages=dict(package_versions()) | {tool: metadata.version(tool) for tool in TOOLS},
     )
@@ -121,7 +125,7 @@ def write_report(
         numbers = gather(sources, seed=seed)
         if sources.base is not None:
             look = Look(sources.base, sources.experts, side, seed, device)
-            known, shown = _known(out), numbers.ranked[:detail]
+            known, shown = known_details(out), numbers.ranked[:detail]
             found = {m.label: look.into(sources.merges[m.label], m, known) for m in shown}
             statistics = numbers.statistics or look.statistics()
             numbers = replace(numbers, details=found, statistics=statistics)
@@ -132,8 +136,7 @@ def write_report(
 
 def _write(folder: Path, numbers: Numbers) -> None:
     from tasks.report.page import draw, render  # noqa: PLC0415  matplotlib: 1 s
-    from tasks.report.sections import sections  # noqa: PLC0415
-    from tasks.report.sections.scores import summary  # noqa: PLC0415
+    from tasks.report.sections import sections, summary  # noqa: PLC0415
 
     told = sections(numbers)
     pictures = draw(told)
@@ -143,10 +146,8 @@ def _write(folder: Path, numbers: Numbers) -> None:
     write_json(folder / NUMBERS, numbers.as_json())
 
 
-def _known(out: Path) -> dict[str, Detail]:
-    """What the last report found inside merges, as far as it still stands there untouched."""
-    from tasks.report.sources import read  # noqa: PLC0415
-
+def known_details(out: Path) -> dict[str, Detail]:
+    """Key → what the report in `out` found inside a merge; nothing if it was touched since."""
     last = Lineage.find(out)
     if last is None or dict(last.outputs) != hash_files(out):
         return {}
@@ -157,10 +158,9 @@ def _known(out: Path) -> dict[str, Detail]:
 def _code() -> str:
     """One sha256 over what draws and writes the page."""
     here = Path(__file__).parent
-    files = [
-        path for path in sorted(here.rglob("*")) if path.suffix in {".py", ".jinja", ".css", ".js"}
-    ]
-    return digest({path.relative_to(here).as_posix(): sha256(path) for path in files})
+    files = [path for path in sorted(here.rglob("*")) if path.suffix in WRITTEN]
+    files.append(here.with_name("paired.py"))
+    return digest({path.relative_to(here.parent).as_posix(): sha256(path) for path in files})
 
 
 def _paths(folders: Mapping[str, Any]) -> dict[str, Path]:

@@ -18,8 +18,8 @@ from scipy import stats
 from poemerge.errors import SettingError, SourceError
 from poemerge.merge import merge_checkpoints
 from poemerge.report import MergeReport
-from tasks.report import write_report
-from tasks.report.diagnostics import Detail
+from tasks.report import known_details, write_report
+from tasks.report.diagnostics import Detail, Look
 from tasks.report.layers import Place, natural, places
 from tasks.report.logged import log
 from tasks.report.numbers import Numbers, gather
@@ -221,17 +221,22 @@ class TestDiagnostics:
         assert told.pictures == ()
 
     def test_what_is_known_is_not_computed_again(
-        self, run: Path, caplog: pytest.LogCaptureFixture
+        self, run: Path, numbers: Numbers, caplog: pytest.LogCaptureFixture
     ) -> None:
-        sources = Sources.find(run, None, {})
-        before = read(run / "report/report.json")["details"]
+        sources, merge = Sources.find(run, None, {}), numbers.ranked[0]
+        known = known_details(run / "report")
+        assert [detail.residuals["side"] for detail in known.values()] == ["output"] * 2
+        look = Look(sources.base, sources.experts, "output", 0, "cpu")
         with caplog.at_level(logging.INFO, logger="tasks.report"):
-            assert write_report(sources, run / "report", **HOW | {"detail": 3})
-        ranked = [merge.label for merge in gather(sources, seed=0).ranked]
-        assert [record.getMessage() for record in caplog.records] == [f"looking into {ranked[2]}"]
-        after = read(run / "report/report.json")["details"]
-        assert list(after) == ranked[:3]
-        assert {label: after[label] for label in ranked[:2]} == before
+            found = look.into(sources.merges[merge.label], merge, known)
+            assert found == known[found.key]
+            assert not caplog.records
+            other = replace(look, side="input").into(sources.merges[merge.label], merge, known)
+        assert other.key not in known
+        assert other.residuals["side"] == "input"
+        assert [r.getMessage() for r in caplog.records] == [f"looking into {merge.label}"]
+        (run / "report/report.json").write_text("{}")
+        assert known_details(run / "report") == {}
 
 
 class TestOneModel:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from tasks.report.numbers import Numbers
 from tasks.report.page import Section
 from tasks.report.sections import inside, scores, tails, updates
+from tasks.report.sections.scores import summary
+
+__all__ = ["sections", "summary"]
 
 TELL: tuple[Callable[[Numbers], Section | None], ...] = (
     scores.leaderboard,
