@@ -1,0 +1,71 @@
+"""The command line: `poemerge`. Heavy imports wait until a command needs them."""
+
+import atexit
+import gc
+import os
+import sys
+from typing import Any
+
+import click
+
+from flows.cli import models, pipeline, records
+from poemerge.errors import PoemergeError
+from poemerge.version import VERSION
+
+REFUSED, INTERRUPTED = 1, 3
+GARBAGE = 50_000  # new objects between collections; imports make many, and none is garbage
+
+# Nothing leaves the machine unasked, and our own lines are the ones to read.
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "poemerge,tasks,flows",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes its time
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a machine in use
+}
+
+
+def calm_down() -> None:
+    """Set what the libraries read when they are first imported; what the user has set stays."""
+    gc.set_threshold(GARBAGE)
+    atexit.register(gc.freeze)  # or the interpreter would look at all of them once more: 0.2 s
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+class Sentences(click.Group):
+    """A group whose commands end refusals with one sentence and exit code 1."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(context)
+        except PoemergeError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(REFUSED)
+        except KeyboardInterrupt:
+            click.echo("interrupted: run the same command again to go on.", err=True)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=Sentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="poemerge")
+def main() -> None:
+    """Merge fine-tuned models as products of experts, and look after the result."""
+    calm_down()
+
+
+for _command in (
+    pipeline.run,
+    pipeline.sweep,
+    models.merge,
+    models.extract,
+    models.check,
+    records.methods,
+    pipeline.report,
+    records.lineage,
+):
+    main.add_command(_command)

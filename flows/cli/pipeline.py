@@ -1,0 +1,126 @@
+"""Commands on a params.yaml: run, sweep, report."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.cli.options import device_option, params_option, resolve, set_option
+
+
+@click.command()
+@params_option
+@set_option
+@click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
+def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
+    """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register, report.
+
+    What is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
+    unless --save is given.
+    """
+    from flows.console import show_outcome, start_logging
+    from flows.overrides import save_overrides
+    from flows.params import load
+
+    load(params, overrides)
+    if save:
+        save_overrides(params, overrides)
+        overrides = ()
+    start_logging()
+    logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
+    from flows.pipeline import pipeline
+
+    show_outcome(pipeline(str(params), list(overrides)))
+
+
+@click.command()
+@params_option
+@set_option
+@click.option(
+    "--method", "labels", multiple=True, metavar="LABEL", help="Search this one; repeatable. [all]"
+)
+@click.option("--save", is_flag=True, help="Write each method's best into merge.methods.")
+def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save: bool) -> None:
+    """Search the settings in params.yaml's `sweep` on validation; show each method's best on test.
+
+    A sweep that was stopped goes on where it was.
+    """
+    from flows.console import start_logging
+    from flows.overrides import save_values
+    from flows.params import load
+
+    load(params, overrides)
+    start_logging()
+    logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
+    from flows.sweep import sweep as search
+    from flows.sweep_table import show_sweep
+
+    outcome = search(str(params), list(overrides), list(labels))
+    show_sweep(outcome)
+    if save:
+        entries = outcome["winners"].items()
+        save_values(params, [(("merge", "methods", label), entry) for label, entry in entries])
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base", metavar="SRC", help="Of a merged model: what it was merged into.")
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="[NAME=]SRC",
+    help="Of a merged model: what was merged, in that order; repeatable.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to make. [DIR/report of a run, DIR-report of a model]",
+)
+@click.option(
+    "--detail",
+    default=4,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="How many merges to look into, best first.",
+)
+@click.option(
+    "--side",
+    default="output",
+    show_default=True,
+    type=click.Choice(["output", "input"]),
+    help="Of the residuals.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap and of samples.")
+@device_option
+@click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
+def report(
+    folder: Path,
+    base: str | None,
+    experts: Sequence[str],
+    out: Path | None,
+    *,
+    show: bool,
+    **choices: Any,
+) -> None:
+    """Write one HTML page with all there is to see of a run, or of one merged model.
+
+    DIR is what a run wrote (artifacts, .poemerge/runs/...), or a merged model. Of a model alone the
+    page has rules, norms and certificates; residuals and uncertainty need its base and experts.
+    """
+    from flows.console import start_logging
+    from tasks.report import PAGE, write_report
+    from tasks.report.sources import Sources
+
+    start_logging()
+    if bool(base) != bool(experts):
+        raise click.UsageError("--base and --expert go together.")
+    given = resolve(base, experts) if base else {}
+    sources = Sources.find(folder, given.pop("base", None), given)
+    out = out or sources.default_out(folder)
+    made = write_report(sources, out, **choices)
+    click.echo(f"{out / PAGE}{'' if made else ' was up to date'}")
+    if show:
+        click.launch(str(out / PAGE))
