@@ -1,13 +1,15 @@
 """What needs the weights themselves: residuals of a merge, and how sure its mode is."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from poemerge.lineage import Source, core_code, digest, hash_files
+from poemerge.adapter import is_adapter
+from poemerge.lineage import Lineage, Source, core_code, digest, hash_files
 
 if TYPE_CHECKING:
     from tasks.report.merges import Merge
@@ -62,11 +64,9 @@ class Look:
         if key in known:
             return known[key]
         logger.info("looking into %s", merge.label)
-        return Detail(
-            key,
-            self._residuals(folder, float(merge.settings.get("strength", 1.0))),
-            self._uncertainty(merge) if merge.is_solved else {},
-        )
+        with self._unrounded(folder, merge) as exact:
+            residuals = self._residuals(exact, float(merge.settings.get("strength", 1.0)))
+        return Detail(key, residuals, self._uncertainty(merge) if merge.is_solved else {})
 
     def statistics(self) -> Mapping[str, Any]:
         """Of the experts' task vectors, where no stage has left them."""
@@ -87,16 +87,33 @@ class Look:
         given: dict[str, Any] = {"strength": strength, "side": self.side, "seed": self.seed}
         return describe_residuals(self.base, self.experts, merged, **given)
 
+    @contextmanager
+    def _unrounded(self, folder: Path, merge: "Merge") -> Iterator[Path]:
+        """The merge once more in fp32, where 16 bits round off more than the residuals are."""
+        if not merge.is_rounded or merge.settings.get("curvature"):  # whose files are not at hand
+            yield folder
+            return
+        from poemerge import merge_checkpoints  # noqa: PLC0415 - imports torch
+        from poemerge.methods import find  # noqa: PLC0415
+
+        method, record = find(merge.method), Lineage.find(folder)
+        small = method.factors(method.settings.parse(merge.settings))
+        small = small and all(map(is_adapter, self.experts.values()))
+        how: dict[str, Any] = {
+            "device": self.device,
+            "dtype": "float32",
+            "output": "adapter"
+            if small and all(map(is_adapter, self.experts.values()))
+            else "full",
+            "seed": record.params.get("seed", 0) if record else 0,
+        }
+        with TemporaryDirectory(dir=folder.parent, prefix=".fp32-") as scratch:
+            exact = Path(scratch) / folder.name
+            merge_checkpoints(self.base, self.experts, exact, merge.method, **how, **merge.settings)
+            yield exact
+
     def _uncertainty(self, merge: "Merge") -> Mapping[str, Any]:
-        describe = _find("poemerge.posterior.uncertainty", "describe_uncertainty")
-        if describe is None:
-            return {}
-        return describe(self.base, self.experts, merge.method, merge.settings, device=self.device)
+        from poemerge import describe_uncertainty  # noqa: PLC0415 - imports torch
 
-
-def _find(module: str, name: str) -> Callable[..., dict[str, Any]] | None:
-    """A part of the core that not every version has."""
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError:
-        return None
+        where = {"device": self.device}
+        return describe_uncertainty(self.base, self.experts, merge.method, merge.settings, **where)

@@ -49,6 +49,7 @@ class Merge:
     rules: Mapping[str, int]
     warnings: tuple[str, ...]
     matrices: tuple[Matrix, ...]
+    is_rounded: bool  # stored in 16 bits
 
     @classmethod
     def read(cls, label: str, folder: Path) -> Self:
@@ -58,7 +59,7 @@ class Merge:
             SourceError: it has no report.
         """
         raw = read(folder / REPORT)
-        matrices = (t for t in raw["tensors"] if len(t["shape"]) == 2 and t["norms"])
+        matrices = [t for t in raw["tensors"] if len(t["shape"]) == 2 and t["norms"]]
         return cls(
             label,
             raw["method"],
@@ -67,6 +68,7 @@ class Merge:
             dict(Counter(tensor["rule"] for tensor in raw["tensors"])),
             tuple(raw["warnings"]),
             tuple(map(Matrix.of, sorted(matrices, key=lambda t: natural(t["name"])))),
+            any(tensor["dtype"].endswith("float16") for tensor in matrices),
         )
 
     @property
