@@ -88,9 +88,9 @@ def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save
 )
 @click.option(
     "--side",
-    default="output",
+    default="input",
     show_default=True,
-    type=click.Choice(["output", "input"]),
+    type=click.Choice(["input", "output"]),
     help="Of the residuals.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap and of samples.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from poemerge.adapter import is_adapter
 from poemerge.lineage import Lineage, Source, core_code, digest, hash_files
 
 if TYPE_CHECKING:
@@ -94,6 +93,7 @@ class Look:
             yield folder
             return
         from poemerge import merge_checkpoints  # noqa: PLC0415 - imports torch
+        from poemerge.adapter import is_adapter  # noqa: PLC0415
         from poemerge.methods import find  # noqa: PLC0415
 
         method, record = find(merge.method), Lineage.find(folder)
@@ -102,9 +102,7 @@ class Look:
         how: dict[str, Any] = {
             "device": self.device,
             "dtype": "float32",
-            "output": "adapter"
-            if small and all(map(is_adapter, self.experts.values()))
-            else "full",
+            "output": "adapter" if small else "full",
             "seed": record.params.get("seed", 0) if record else 0,
         }
         with TemporaryDirectory(dir=folder.parent, prefix=".fp32-") as scratch:
@@ -115,5 +113,6 @@ class Look:
     def _uncertainty(self, merge: "Merge") -> Mapping[str, Any]:
         from poemerge import describe_uncertainty  # noqa: PLC0415 - imports torch
 
-        where = {"device": self.device}
-        return describe_uncertainty(self.base, self.experts, merge.method, merge.settings, **where)
+        return describe_uncertainty(
+            self.base, self.experts, merge.method, merge.settings, device=self.device
+        )
