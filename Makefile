@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the test items
 	$(BIN)/poemerge run
 
-full: .venv/base ## the same on all items; what the README's leaderboard comes from
+full: .venv/base ## the same on all items
 	$(BIN)/poemerge run --set evaluate.limit=null
 
 test: lint ## lint, types, import contracts, all tests
