@@ -301,7 +301,7 @@ def stop(folder: Path, blow: signal.Signals) -> tuple[int, str]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(blow)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     (folder / "held").unlink()
     return process.returncode, said
 

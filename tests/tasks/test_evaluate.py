@@ -267,6 +267,7 @@ def test_an_edited_task_alone_is_scored_again(
     path = include / "letters_test.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
     caplog.set_level(logging.INFO, "tasks.evaluate")
+    caplog.clear()
     done, second, items = score(**both)
     assert done
     assert not [r for r in caplog.records if "others" in r.message]
