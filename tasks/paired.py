@@ -67,6 +67,11 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+def joint_level(differences: int) -> float:
+    """Level of each of so many intervals, all of which hold as often as LEVEL says (Bonferroni)."""
+    return 1 - (1 - LEVEL) / max(1, differences)
+
+
 def score(outcomes: Outcomes, *, level: float = LEVEL, seed: int = 0) -> Interval:
     """The mean over tasks of the mean outcome, with its interval.
 
@@ -82,9 +87,8 @@ def difference(left: Outcomes, right: Outcomes, *, level: float = LEVEL, seed: i
     Args:
         left: of one candidate.
         right: of another.
-        level: how often the interval is to hold the difference. Where several differences are
-            judged together, 1 - (1 - LEVEL) / their number (Bonferroni) lets all of them hold
-            together as often as LEVEL says.
+        level: how often the interval is to hold the difference; `joint_level` where several are
+            judged together.
         seed: of the resamples.
 
     Raises:

@@ -124,7 +124,7 @@ def _untuned(folders: Mapping[str, Path], tasks: Sequence[str]) -> list[dict[str
     }
     ordered = sorted(folders, key=lambda label: -validation[label])
     outcomes = {label: Outcomes.read(folders[label], tasks, "test") for label in ordered}
-    level = 1 - (1 - paired.LEVEL) / (len(ordered) - 1)
+    level = paired.joint_level(len(ordered) - 1)
     return [
         {
             "label": label,

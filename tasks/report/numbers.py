@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.paired import Interval, Outcomes, difference, score
+from tasks.paired import Interval, Outcomes, difference, joint_level, score
 from tasks.report.diagnostics import Detail
 from tasks.report.layers import Place, places
 from tasks.report.merges import Merge
@@ -103,8 +103,10 @@ def gather(sources: Sources, *, seed: int) -> Numbers:
     board = read(sources.register / BOARD)
     outcomes = _outcomes(board["rows"], sources.evaluations)
     best = outcomes["merge", board["best"]]
+    level = joint_level(sum(row["kind"] != "expert" for row in board["rows"]) - 1)
     rows = [
-        _candidate(row, outcomes[row["kind"], row["label"]], best, seed) for row in board["rows"]
+        _candidate(row, outcomes[row["kind"], row["label"]], best, level, seed)
+        for row in board["rows"]
     ]
     return Numbers(
         read(sources.register / ENTRY)["name"],
@@ -128,14 +130,17 @@ def _outcomes(
     return found
 
 
-def _candidate(row: Mapping[str, Any], own: Outcomes, best: Outcomes, seed: int) -> Candidate:
+def _candidate(
+    row: Mapping[str, Any], own: Outcomes, best: Outcomes, level: float, seed: int
+) -> Candidate:
     scores = {task: float(row["scores"][task][SPLIT]["score"]) for task in own.values}
-    comparable = own is not best and own.values.keys() == best.values.keys()
+    compared = row["kind"] != "expert" and own is not best
+    compared = compared and own.values.keys() == best.values.keys()
     return Candidate(
         row["label"],
         row["kind"],
         scores,
         score(own, seed=seed),
         row["normalised"].get(SPLIT),
-        difference(best, own, seed=seed) if comparable and row["kind"] != "expert" else None,
+        difference(best, own, level=level, seed=seed) if compared else None,
     )

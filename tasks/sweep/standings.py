@@ -89,7 +89,7 @@ def rank(winners: Sequence[Winner]) -> list[Standing]:
     """
     ordered = sorted(winners, key=lambda winner: -winner.validation)
     best, *others = ordered
-    level = 1 - (1 - paired.LEVEL) / max(1, len(others))
+    level = paired.joint_level(len(others))
     gaps = [None, *(paired.difference(other.test, best.test, level=level) for other in others)]
     scores = [paired.score(winner.test) for winner in ordered]
     return [Standing(*row) for row in zip(ordered, scores, gaps, strict=True)]

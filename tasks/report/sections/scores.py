@@ -48,7 +48,7 @@ def leaderboard(numbers: Numbers) -> Section | None:
     )
     caption = (
         "A hollow dot is really behind the best: the interval of the difference, taken item by "
-        "item, leaves out zero. A full dot may be as good."
+        "item, leaves out zero (95 %, all differences together). A full dot may be as good."
     )
     picture = Picture("leaderboard", alt, caption, partial(figures.leaderboard, numbers))
     return Section("leaderboard", "Which merge is best", words, (picture,), (_board(numbers),))

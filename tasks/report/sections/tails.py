@@ -58,7 +58,7 @@ def uncertainty(numbers: Numbers) -> Section | None:
         f"Relative standard deviation of the merge in every layer for {', '.join(series)}, a panel "
         f"for each kind of matrix. {told}"
     )
-    caption = f"Laplace's approximation at the mode: {found[first]['unit']}"
+    caption = str(found[first]["unit"])
     label = "relative standard deviation"
     draw = partial(layer_figures.lines, numbers, series=series, label=label)
     columns = [Column("matrix", None), *(Column(label, ".3g") for label in series)]
