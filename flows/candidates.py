@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.overrides import in_bytes
 from flows.places import Places
+from flows.steps import merge_arguments
 from poemerge.errors import PoemergeError
 from poemerge.lineage import digest
 from tasks.evaluate import RESULTS, evaluate, scoring_key
@@ -86,7 +86,8 @@ class Bench:
 
     @property
     def _scoring(self) -> dict[str, Any]:
-        return self.places.params.evaluate.model_dump(exclude={"experts"})
+        evaluate = self.places.params.evaluate
+        return {**evaluate.scoring, "tasks": evaluate.tasks}
 
     def _merge(self, candidate: Candidate) -> None:
         if self._merged.exists():
@@ -98,17 +99,8 @@ class Bench:
             raise MergeError(str(error)) from error
 
     def _merging(self, candidate: Candidate) -> dict[str, Any]:
-        params = self.places.params.merge
-        return {
-            "base": str(self.places.base),
-            "experts": {name: str(folder) for name, folder in self.places.experts.items()},
-            "method": candidate.method,
-            "settings": {"strength": params.strength, **candidate.settings},
-            "device": params.device,
-            "dtype": params.dtype,
-            "seed": params.seed,
-            "memory": in_bytes(params.memory),
-        }
+        settings = {"strength": self.places.params.merge.strength, **candidate.settings}
+        return merge_arguments(self.places, candidate.method, settings)
 
     def _evaluate(self, candidate: Candidate, out: Path, tasks: list[str], split: str) -> None:
         """Add scores to `out`; those that are there are kept, weights that are in memory too."""

@@ -83,17 +83,25 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def leaderboard_table(board: "Leaderboard", logs: Mapping[str, Path]) -> Table:
-    """Rows methods, columns tasks (per cent), then means, seconds and peak memory."""
-    table = Table(
-        title="Test scores, per cent",
+def board_table(title: str, caption: str) -> Table:
+    """An empty table in the look of all leaderboards."""
+    return Table(
+        title=title,
         title_justify="left",
-        caption="experts: each on its own task; norm: mean of score / expert's score; val: mean on "
-        "validation, which chooses; s and MB: of the merge",
+        caption=caption,
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
+    )
+
+
+def leaderboard_table(board: "Leaderboard", logs: Mapping[str, Path]) -> Table:
+    """Rows methods, columns tasks (per cent), then means, seconds and peak memory."""
+    table = board_table(
+        "Test scores, per cent",
+        "experts: each on its own task; norm: mean of score / expert's score; val: mean on "
+        "validation, which chooses; s and MB: of the merge",
     )
     table.add_column("candidate", no_wrap=True)
     for column in (*board.tasks, "mean", "norm", "val", "s", "MB"):

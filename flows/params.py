@@ -74,6 +74,11 @@ class EvaluateParams(Section):
     device: str
     seed: int = Field(ge=0)
 
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """How a candidate is scored, whichever it is and on whatever tasks."""
+        return self.model_dump(exclude={"tasks", "experts"})
+
 
 class RegisterParams(Section):
     """Which candidate wins, and the name under which it is registered."""

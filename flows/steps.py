@@ -90,18 +90,22 @@ def _task_vectors(_: Params, places: Places, __: tuple[str, ...]) -> Iterator[Ca
 
 def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
     for label in params.merge.methods:
-        method, settings = params.merge.candidate(label)
-        arguments = {
-            **_inputs(places),
-            "out": str(places.merge(label)),
-            "method": method,
-            "settings": settings,
-            "device": params.merge.device,
-            "dtype": params.merge.dtype,
-            "seed": params.merge.seed,
-            "memory": in_bytes(params.merge.memory),
-        }
-        yield label, merge, arguments
+        arguments = merge_arguments(places, *params.merge.candidate(label))
+        yield label, merge, {**arguments, "out": str(places.merge(label))}
+
+
+def merge_arguments(places: Places, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the merge task is given for a candidate, but for where to put it."""
+    merging = places.params.merge
+    return {
+        **_inputs(places),
+        "method": method,
+        "settings": dict(settings),
+        "device": merging.device,
+        "dtype": merging.dtype,
+        "seed": merging.seed,
+        "memory": in_bytes(merging.memory),
+    }
 
 
 def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]:
@@ -124,7 +128,7 @@ def _evaluate(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Ca
             "out": str(places.evaluation(kind, candidate)),
             "tasks": tasks,
             "splits": splits,
-            **params.evaluate.model_dump(exclude={"tasks", "experts"}),
+            **params.evaluate.scoring,
         }
         return candidate, evaluate, arguments
 

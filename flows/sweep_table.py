@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from flows.console import console
+from flows.console import board_table, console
 from flows.overrides import inline
 from flows.sweep import BOARD, LOG
 
@@ -27,15 +26,10 @@ def show_sweep(outcome: Mapping[str, Any]) -> None:
 
 def sweep_table(board: Mapping[str, Any], seconds: Mapping[str, float]) -> Table:
     """Rows methods, best on validation first; scores in per cent."""
-    table = Table(
-        title="The best candidate of each method, per cent",
-        title_justify="left",
-        caption="val: mean on validation, which chose; test: mean, 95 % interval; gap: test score "
+    table = board_table(
+        "The best candidate of each method, per cent",
+        "val: mean on validation, which chose; test: mean, 95 % interval; gap: test score "
         "less that of the first row, paired, intervals that hold together in 95 %",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
     )
     for column in ("method", "settings"):
         table.add_column(column, overflow="fold")
