@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tasks.sweep.space import Space
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+AROUND = ("sweep", "promote", "schedule")  # sections that change no stage's output
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Label = Annotated[str, Field(pattern=LABEL)]  # a file name, a DVC stage, an MLflow run
 
@@ -109,8 +110,27 @@ class SweepParams(Section):
     space: dict[Label, dict[str, Any]] = Field(min_length=1)
 
 
+class PromoteParams(Section):
+    """What a version must pass to become champion; no stage."""
+
+    automatic: bool
+    min_gain: float = Field(ge=-1, le=1)
+    level: float = Field(gt=0, lt=1)
+    max_drop: float = Field(ge=0, le=1)
+    certificates: bool
+    verify: bool
+
+
+class ScheduleParams(Section):
+    """When the pipeline runs by itself, and how long it may take; no stage."""
+
+    cron: str = Field(min_length=1)
+    timezone: str = Field(min_length=1)
+    timeout: int | None = Field(ge=1)
+
+
 class Params(Section):
-    """The six sections, named like the stages, and the one of `poemerge sweep`."""
+    """The six sections, named like the stages, and those of commands around them."""
 
     fetch: FetchParams
     task_vectors: TaskVectorsParams
@@ -119,11 +139,13 @@ class Params(Section):
     register_: RegisterParams = Field(alias="register")
     report: ReportParams
     sweep: SweepParams | None = None
+    promote: PromoteParams | None = None
+    schedule: ScheduleParams | None = None
 
     @property
     def sections(self) -> Mapping[str, Any]:
         """The plain values of the stages, as the YAML has them."""
-        return self.model_dump(by_alias=True, exclude={"sweep"})
+        return self.model_dump(by_alias=True, exclude=set(AROUND))
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.cli import main
-from flows.params import Params
+from flows.params import AROUND, Params
 from flows.reference import PAGE, reference
 from flows.steps import STAGES
 from poemerge.methods import METHODS
@@ -25,9 +25,9 @@ def _keys(path: str) -> list[str]:
 def test_one_word_per_stage() -> None:
     modules = {p.stem for p in (ROOT / "tasks").iterdir() if p.suffix == ".py" or p.is_dir()}
     assert modules - {"__init__", "__pycache__"} - SHARED == set(STAGES)
-    assert tuple(_keys("params.yaml")) == (*STAGES, "sweep")  # which searches, and is no stage
+    assert tuple(_keys("params.yaml")) == (*STAGES, *AROUND)
     assert tuple(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]) == STAGES
-    assert tuple(f.alias or n for n, f in Params.model_fields.items()) == (*STAGES, "sweep")
+    assert tuple(f.alias or n for n, f in Params.model_fields.items()) == (*STAGES, *AROUND)
 
 
 def test_the_readme_tree_is_the_real_tree() -> None:
