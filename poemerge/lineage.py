@@ -1,6 +1,8 @@
 """What made these bytes: the record `lineage.json` inside every folder that poemerge makes.
 
-The record holds no clock, no host name and no absolute path, so the same work gives the same bytes.
+The file is an in-toto statement with SLSA provenance (statement.py); a record of format 1, which
+was the plain fields, is read as well. It holds no clock, no host name and no absolute path, so the
+same work gives the same bytes.
 It also decides what is up to date: a folder is current when its record names the same stage,
 params, inputs and code, and its files still have the recorded hashes.
 """
@@ -22,9 +24,9 @@ from typing import Any, Self
 
 from poemerge.atomic import new_folder, write_json
 from poemerge.errors import SourceError
+from poemerge.statement import read_statement, write_statement
 from poemerge.version import VERSION
 
-FORMAT = "poemerge/lineage/1"
 RECORD = "lineage.json"
 PACKAGES = ("torch", "safetensors", "numpy")
 
@@ -94,9 +96,11 @@ class Source:
     Attributes:
         name: the role it plays (`base`, an expert's name, a task's name).
         files: relative path → sha256 of every file that was read.
-        uri: where it came from, as the user wrote it.
+        uri: where it came from, as the user wrote it; an absolute path is left out, for it speaks
+            of one machine.
         revision: what the URI resolved to, immutable (a commit, a hash); empty if it has none.
-        parent: the lineage record found inside the input itself, so that a chain can be followed.
+        parent: the fields of the lineage record found inside the input itself, so that a chain can
+            be followed.
     """
 
     name: str
@@ -106,22 +110,26 @@ class Source:
     parent: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, name: str, folder: Path, uri: str = "") -> Self:
+    def of(cls, name: str, folder: Path) -> Self:
         """Hash `folder` and take over the record that it carries, if any."""
-        record = Lineage.find(folder)
+        record, files = Lineage.find(folder), hash_files(folder)
         if record is None:
-            return cls(name, hash_files(folder), uri)
-        return cls(name, hash_files(folder), uri or record.uri, record.revision, asdict(record))
+            return cls(name, files, _address(folder))
+        return cls(name, files, record.uri or _address(folder), record.revision, asdict(record))
 
     @classmethod
     def of_file(cls, name: str, path: Path) -> Self:
         """Hash one file."""
-        return cls(name, {path.name: sha256(path)})
+        return cls(name, {path.name: sha256(path)}, _address(path))
 
     @property
     def digest(self) -> str:
         """One sha256 for all files: equal digests mean equal bytes under equal names."""
         return digest(dict(self.files))
+
+
+def _address(path: Path) -> str:
+    return "" if path.is_absolute() else path.as_posix()
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,6 @@ class Lineage:
     code: Mapping[str, str] = field(default_factory=lambda: {"poemerge": VERSION})
     packages: Mapping[str, str] = field(default_factory=lambda: dict(package_versions()))
     outputs: Mapping[str, str] = field(default_factory=dict)
-    format: str = FORMAT
 
     @property
     def key(self) -> str:
@@ -160,7 +167,18 @@ class Lineage:
 
     def write(self, folder: Path) -> None:
         """Hash what `folder` holds and write the record into it."""
-        write_json(folder / RECORD, asdict(self) | {"outputs": hash_files(folder)})
+        fields = asdict(self) | {"outputs": hash_files(folder)}
+        write_json(folder / RECORD, write_statement(fields))
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """The record that has these fields, as `asdict` gives them and a source's parent is kept.
+
+        Raises:
+            KeyError: it has no inputs; a TypeError or an AttributeError where it is no record.
+        """
+        known = {name: value for name, value in fields.items() if name != "format"}
+        return cls(**known | {"inputs": tuple(Source(**source) for source in fields["inputs"])})
 
     @classmethod
     def find(cls, folder: Path) -> Self | None:
@@ -177,9 +195,8 @@ class Lineage:
             message = f"{folder / RECORD} is unreadable ({error}); delete it to go on without it."
             raise SourceError(message) from error
         try:
-            inputs = tuple(Source(**source) for source in raw.pop("inputs"))
-            return cls(inputs=inputs, **raw)
-        except (AttributeError, KeyError, TypeError) as error:
+            return cls.of(read_statement(raw) if "_type" in raw else raw)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             message = f"{folder / RECORD} is no lineage record ({error}); delete it to go on."
             raise SourceError(message) from error
 
