@@ -187,17 +187,25 @@ class Lineage:
         Raises:
             SourceError: the file is there but is no lineage record.
         """
+        path = folder / RECORD
+        return cls.read(path) if path.exists() else None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in a file, whatever its name.
+
+        Raises:
+            SourceError: it is unreadable, or no lineage record.
+        """
         try:
-            raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+            raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            message = f"{folder / RECORD} is unreadable ({error}); delete it to go on without it."
+            message = f"{path} is unreadable ({error}); delete it to go on without it."
             raise SourceError(message) from error
         try:
             return cls.of(read_statement(raw) if "_type" in raw else raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            message = f"{folder / RECORD} is no lineage record ({error}); delete it to go on."
+            message = f"{path} is no lineage record ({error}); delete it to go on."
             raise SourceError(message) from error
 
 

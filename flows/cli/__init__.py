@@ -67,5 +67,7 @@ for _command in (
     records.methods,
     pipeline.report,
     records.lineage,
+    records.verify,
+    records.reproduce,
 ):
     main.add_command(_command)

@@ -74,4 +74,9 @@ def _local(source: str) -> Path:
         return Path(source)
     from tasks.fetch import resolve_local
 
-    return resolve_local(source, Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge")))
+    return resolve_local(source, cache())
+
+
+def cache() -> Path:
+    """Where copies of fetched sources are kept."""
+    return Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge"))
