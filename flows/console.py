@@ -48,6 +48,13 @@ def tensor_progress(doing: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def waiting(doing: str) -> Iterator[None]:
+    """A sign of life on stderr, where a terminal shows it."""
+    with Console(stderr=True).status(doing):
+        yield
+
+
 def show_outcome(outcome: Mapping[str, Any]) -> None:
     """The leaderboard of a run and where everything lies."""
     from tasks.register.leaderboard import Leaderboard

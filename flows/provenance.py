@@ -7,6 +7,7 @@ from typing import Any
 from flows.cli.options import cache
 from flows.places import ARTIFACTS, RUNS
 from poemerge.errors import SettingError, SourceError
+from poemerge.progress import Progress, silent
 from tasks.fetch import DTYPE, resolve_local
 from tasks.fetch.package import locate
 from tasks.provenance import history as histories
@@ -37,18 +38,21 @@ def verify(ref: str, sources: Sequence[str] = ()) -> Verification:
     return verifications.verify(ref, _reach(sources))
 
 
-def reproduce(ref: str, out: Path, sources: Sequence[str] = ()) -> Reproduction:
+def reproduce(
+    ref: str, out: Path, sources: Sequence[str] = (), progress: Progress = silent
+) -> Reproduction:
     """Merge again with the recorded sources and settings, and compare byte by byte.
 
     Args:
         ref: a merged model.
         out: folder to make.
         sources: as in `verify`.
+        progress: called with (tensors done, tensors in all).
 
     Raises:
         PoemergeError: it is no merge, or a source cannot be had as it was.
     """
-    return reproductions.reproduce(ref, out, _reach(sources), _fetch)
+    return reproductions.reproduce(ref, out, _reach(sources), _fetch, progress)
 
 
 def _reach(sources: Sequence[str]) -> Reach:

@@ -69,5 +69,6 @@ for _command in (
     records.lineage,
     records.verify,
     records.reproduce,
+    records.sign,
 ):
     main.add_command(_command)

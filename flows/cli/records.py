@@ -17,6 +17,9 @@ sources_option = click.option(
     metavar="NAME=DIR",
     help="Where a source lies, if not where its record says; repeatable.",
 )
+signature_option = click.option(
+    "--signature", type=click.Path(path_type=Path), help="File of the signature. [DIR.sig]"
+)
 
 
 @click.command()
@@ -62,21 +65,51 @@ def lineage(refs: Sequence[str], *, as_json: bool, diff: bool) -> None:
 @click.command(epilog=REF)
 @click.argument("ref", metavar="REF")
 @sources_option
-def verify(ref: str, sources: Sequence[str]) -> None:
+@click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature too.")
+@signature_option
+def verify(
+    ref: str, sources: Sequence[str], public_key: Path | None, signature: Path | None
+) -> None:
     """Hash everything again that a model is and was made from; exit 1 if it does not hold.
 
     Every file is intact, changed, or missing: not to be had where its record says. A source that is
     missing is no fault of the model.
     """
-    from flows.console import start_logging
+    from flows.console import start_logging, waiting
     from flows.lineage_tree import show_verification
     from flows.provenance import verify as check
 
     start_logging()
-    found = check(ref, sources)
+    if signature and not public_key:
+        raise click.UsageError("--signature needs --public-key.")
+    if public_key:
+        from tasks.provenance.sign import check_signature, signature_of
+
+        folder = Path(ref)
+        check_signature(folder, public_key, signature or signature_of(folder))
+        click.echo(f"{ref}: every file is as it was signed")
+    with waiting("hashing"):
+        found = check(ref, sources)
     show_verification(found)
     if found.problems:
         sys.exit(1)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Private, EC, in PEM.")
+@signature_option
+def sign(folder: Path, key: Path, signature: Path | None) -> None:
+    """Sign every file of a model folder, with OpenSSF model-signing.
+
+    `poemerge verify DIR --public-key PUB.pem` checks it, and so does `model_signing verify key`.
+    """
+    from tasks.provenance.sign import sign as write_signature
+    from tasks.provenance.sign import signature_of
+
+    signature = signature or signature_of(folder)
+    write_signature(folder, key, signature)
+    click.echo(f"{folder}: signed, {signature}")
 
 
 @click.command(epilog=REF)
@@ -87,13 +120,14 @@ def verify(ref: str, sources: Sequence[str]) -> None:
 @sources_option
 def reproduce(ref: str, out: Path | None, sources: Sequence[str]) -> None:
     """Merge again from the recorded sources and settings, and compare; exit 1 if it differs."""
-    from flows.console import start_logging
+    from flows.console import start_logging, tensor_progress
     from flows.lineage_tree import show_reproduction
     from flows.provenance import reproduce as repeat
 
     start_logging()
     with TemporaryDirectory() as scratch:
-        found = repeat(ref, out or Path(scratch, "merged"), sources)
+        with tensor_progress("merging again") as progress:
+            found = repeat(ref, out or Path(scratch, "merged"), sources, progress)
         show_reproduction(ref, found, kept=out is not None)
     if found.differing:
         sys.exit(1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, hash_files
+from poemerge.progress import Progress, silent
 from tasks.provenance.difference import facts_of
 from tasks.provenance.model import DVC, Model, opened
 from tasks.provenance.shelves import Shelves
@@ -39,7 +40,9 @@ class Reproduction:
     differing: Mapping[str, str]
 
 
-def reproduce(ref: str, out: Path, reach: Reach, fetch: Fetch) -> Reproduction:
+def reproduce(
+    ref: str, out: Path, reach: Reach, fetch: Fetch, progress: Progress = silent
+) -> Reproduction:
     """Merge again with the recorded sources and settings, and compare.
 
     Args:
@@ -47,6 +50,7 @@ def reproduce(ref: str, out: Path, reach: Reach, fetch: Fetch) -> Reproduction:
         out: folder to make.
         reach: where sources may be found.
         fetch: a pinned address and the params of its first fetch → a folder with its bytes.
+        progress: called with (tensors done, tensors in all).
 
     Raises:
         SettingError: it is no merge, or `out` exists.
@@ -57,7 +61,7 @@ def reproduce(ref: str, out: Path, reach: Reach, fetch: Fetch) -> Reproduction:
         search = Search(reach, Shelves.below(reach.roots), stack)
         folders = {s.name: _whole(search, s, fetch, stack) for s in record.inputs}
         with _threads(record.device):
-            made = _merge(record, folders, out)
+            made = _merge(record, folders, out, progress)
         return _compare(model, out, made)
 
 
@@ -122,7 +126,7 @@ def _threads(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _merge(record: Lineage, folders: Mapping[str, Path], out: Path) -> Lineage:
+def _merge(record: Lineage, folders: Mapping[str, Path], out: Path, progress: Progress) -> Lineage:
     """Do it, and record it with the addresses that the sources had then."""
     from poemerge.merge import merge_checkpoints  # noqa: PLC0415 - imports torch
     from poemerge.model_card import write_card  # noqa: PLC0415 - imports torch
@@ -136,6 +140,7 @@ def _merge(record: Lineage, folders: Mapping[str, Path], out: Path) -> Lineage:
         settings["curvature"] = {name: str(path) for name, path in curvature.items()}
     if THREADS.fullmatch(record.device):
         params["device"] = "cpu"
+    params["progress"] = progress
     report = merge_checkpoints(folders[names[0]], experts, out, method, **params, **settings)
     made = Lineage.find(out)
     assert made is not None

@@ -156,17 +156,6 @@ def test_methods_lists_all_with_their_settings() -> None:
         assert all(setting in said for setting, _, _ in method.settings.describe())
 
 
-def test_lineage_draws_the_tree(sources: list[object], tmp_path: Path) -> None:
-    out = tmp_path / "merged"
-    poemerge("merge", *sources, "--out", out)
-    said = poemerge("lineage", out).output
-    for words in ("cauchy_poe", "base", "model.safetensors", "adapter_model.safetensors", "torch"):
-        assert words in said
-    record = json.loads(poemerge("lineage", out, "--json").output)
-    assert record == json.loads((out / "lineage.json").read_text())
-    assert poemerge("lineage", tmp_path).exit_code == 1
-
-
 def test_report_of_a_model(
     sources: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
