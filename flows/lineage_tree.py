@@ -13,7 +13,8 @@ from poemerge.lineage import Source
 from tasks.provenance.difference import Difference
 from tasks.provenance.history import Evaluation, Made, Version
 from tasks.provenance.reproduce import Reproduction
-from tasks.provenance.verify import Check, State, Verification
+from tasks.provenance.search import Check, State
+from tasks.provenance.verify import Verification
 from tasks.tracking import flat
 
 WEIGHTS = (".safetensors", ".gguf", ".bin")
@@ -35,11 +36,13 @@ def show_differences(refs: Sequence[str], found: Iterable[Difference]) -> None:
     for column in ("what", "which", escape(left), escape(right)):
         table.add_column(column, overflow="fold")
     for each in found:
-        table.add_row(each.section, each.key, _short(each.left), _short(each.right))
+        table.add_row(
+            each.section, escape(each.key), escape(_short(each.left)), escape(_short(each.right))
+        )
     if table.row_count:
         console.print(table, highlight=False)
     else:
-        console.print(f"{left} and {right} differ in nothing.", highlight=False)
+        console.print(escape(f"{left} and {right} differ in nothing."), highlight=False)
 
 
 def show_verification(found: Verification) -> None:
@@ -177,4 +180,4 @@ def _sha(value: str) -> str:
 def _short(value: str) -> str:
     """A hash as people compare it; other text as it is."""
     is_hash = len(value) >= 32 and all(digit in "0123456789abcdef" for digit in value)
-    return f"{value[:HASH]}…" if is_hash else escape(value)
+    return f"{value[:HASH]}…" if is_hash else value

@@ -10,19 +10,20 @@ from poemerge.errors import SettingError, SourceError
 from poemerge.progress import Progress, silent
 from tasks.fetch import DTYPE, resolve_local
 from tasks.fetch.package import locate
-from tasks.provenance import history as histories
-from tasks.provenance import reproduce as reproductions
-from tasks.provenance import verify as verifications
 from tasks.provenance.history import Made
+from tasks.provenance.history import history as trace
 from tasks.provenance.reproduce import Reproduction
-from tasks.provenance.verify import Reach, Verification
+from tasks.provenance.reproduce import reproduce as repeat
+from tasks.provenance.search import Reach
+from tasks.provenance.verify import Verification
+from tasks.provenance.verify import verify as check
 
 PACKAGE = "package://"
 
 
 def history(ref: str) -> Made:
     """What made a model, and what has become of it; see tasks.provenance.history."""
-    return histories.history(ref, (ARTIFACTS, RUNS))
+    return trace(ref, (ARTIFACTS, RUNS))
 
 
 def verify(ref: str, sources: Sequence[str] = ()) -> Verification:
@@ -35,7 +36,7 @@ def verify(ref: str, sources: Sequence[str] = ()) -> Verification:
     Raises:
         PoemergeError: there is no such model, or its record cannot be had.
     """
-    return verifications.verify(ref, _reach(sources))
+    return check(ref, _reach(sources))
 
 
 def reproduce(
@@ -52,7 +53,7 @@ def reproduce(
     Raises:
         PoemergeError: it is no merge, or a source cannot be had as it was.
     """
-    return reproductions.reproduce(ref, out, _reach(sources), _fetch, progress)
+    return repeat(ref, out, _reach(sources), _fetch, progress)
 
 
 def _reach(sources: Sequence[str]) -> Reach:

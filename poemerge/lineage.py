@@ -57,6 +57,11 @@ def _sha256(path: str, _inode: int, _size: int, _mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def forget_hashes() -> None:
+    """See that every file is read again that is asked for from now on."""
+    _sha256.cache_clear()
+
+
 _BUSY: defaultdict[tuple[str, int, int, int], Lock] = defaultdict(Lock)
 
 

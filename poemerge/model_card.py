@@ -76,11 +76,13 @@ def write_card(folder: Path, report: MergeReport, lineage: Lineage) -> None:
 
 
 def _hub_name(source: Source) -> str:
-    """`org/name` where the source, or what it was copied from, is on a hub; else nothing."""
+    """`org/name` where the source, or what it is a copy of, is on a hub; else nothing."""
     if source.uri.startswith(HUB):
         return source.uri.removeprefix(HUB).split("@")[0]
     made = Lineage.of(source.parent) if source.parent else None
-    return _hub_name(made.inputs[0]) if made and made.stage == "fetch" and made.inputs else ""
+    if made is None or made.stage != "fetch":
+        return ""
+    return next((name for name in map(_hub_name, made.inputs) if name), "")
 
 
 def _row(source: Source) -> str:

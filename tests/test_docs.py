@@ -319,18 +319,11 @@ class TestLineage:
 
     VARYING = re.compile(r"[0-9a-f]{12}…?|\d+(\.\d+)+(\+\w+)?")
 
-    @pytest.fixture(scope="class")
-    def space(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("lineage")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            run("lineage.md")
-        return folder
-
     def test_the_commands_say_what_the_page_shows(
-        self, space: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.chdir(space)
+        monkeypatch.chdir(tmp_path)
+        run("lineage.md")
         for block in blocks("lineage.md", "console"):
             for session in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
                 command, _, shown = session.partition("\n")

@@ -1,8 +1,9 @@
 """What made a model, all the way down, and what has become of it since."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from poemerge.lineage import Lineage, Source, digest
 from tasks.provenance.model import Model, has_registry, opened
 from tasks.provenance.shelves import Shelves
 from tasks.tracking import connected
-from tasks.versions import DIGEST, aliases_of, uri
+from tasks.versions import DIGEST, aliases_of, every, uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 TASK = "task:"  # marks the files of a task among the inputs of an evaluation
 EVALUATION = "evaluation"  # folder among the artifacts of a version's run
 RUN = "poemerge.evaluation"  # tag of a version: the run that has them, where it is another
+TABLE, BODY = "-decisions", "poemerge.decision.body"  # where promotions are written down
+TOLD = ("when", "kind", "who", "reason")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Version:
         tags: of poemerge.
         source: where its bytes are.
         metrics: of its run: `test/TASK`, `test/mean` and so on.
-        decisions: about it, oldest first, each plain data; filled in by who knows them.
+        decisions: about it, oldest first: when, kind, who and reason of each.
     """
 
     uri: str
@@ -72,17 +77,7 @@ class Version:
     tags: Mapping[str, str]
     source: str
     metrics: Mapping[str, float]
-    decisions: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Of the registered model."""
-        return self.uri.removeprefix("models:/").rpartition("/")[0]
-
-    @property
-    def number(self) -> int:
-        """Of the version."""
-        return int(self.uri.rpartition("/")[2])
+    decisions: tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -152,11 +147,14 @@ def history(ref: str, roots: Sequence[Path]) -> Made:
 
 @contextmanager
 def _registry() -> Iterator[Any]:
-    """A client of MLflow; None where there is none yet."""
-    if not has_registry():
-        yield None
-        return
-    with connected() as client:
+    """A client of MLflow; None where there is none, or none that answers."""
+    with ExitStack() as stack:
+        client = None
+        if has_registry():
+            try:
+                client = stack.enter_context(connected())
+            except SourceError as error:
+                logger.warning("versions are left out: %s", error)
         yield client
 
 
@@ -185,7 +183,19 @@ def _version(client: Any, version: "ModelVersion") -> Version:
         {key: value for key, value in version.tags.items() if key.startswith("poemerge.")},
         version.source,
         dict(client.get_run(version.run_id).data.metrics) if version.run_id else {},
+        tuple(_decisions(client, version.name, int(number))),
     )
+
+
+def _decisions(client: Any, name: str, number: int) -> Iterator[Mapping[str, str]]:
+    """Of two decisions that follow the same one, only the first was in force."""
+    followed = set()
+    for row in every(client, name + TABLE):
+        decision = json.loads(row.tags.get(BODY, "{}"))
+        before = decision.get("before")
+        if before not in followed and decision.get("version") == number:
+            yield {key: str(decision[key]) for key in TOLD}
+        followed.add(before)
 
 
 def _evaluation(

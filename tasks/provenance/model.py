@@ -78,26 +78,27 @@ def _folder(ref: str) -> Model:
 @contextmanager
 def _versioned(client: Any, ref: str, version: "ModelVersion") -> Iterator[Model]:
     with TemporaryDirectory() as scratch:
-        files = _bytes(version, Path(scratch))
+        files = _bytes(client, version, Path(scratch))
         try:
             record = _record(ref, files)
         except SourceError:  # its run in MLflow has the record too
             record = _logged(client, version, Path(scratch))
-        where = version.source
-        yield Model(ref, where, files, record, version.tags.get(DIGEST, ""))
+        yield Model(ref, version.source, files, record, version.tags.get(DIGEST, ""))
 
 
-def _bytes(version: "ModelVersion", scratch: Path) -> Mapping[str, Path]:
+def _bytes(client: Any, version: "ModelVersion", scratch: Path) -> Mapping[str, Path]:
     """The files of a version: in DVC's cache, or downloaded; none where they cannot be had."""
     if version.source.startswith(DVC):
         return _held(version.source)
-    import mlflow  # noqa: PLC0415 - 1 s, and only once it is calm
+    from mlflow import MlflowException  # noqa: PLC0415 - 1 s, and only once it is calm
+    from mlflow.artifacts import download_artifacts  # noqa: PLC0415
 
-    mlflow.set_registry_uri(tracking_uri())
-    given = {"artifact_uri": uri(version), "tracking_uri": tracking_uri()}
+    place = client.get_model_version_download_uri(version.name, version.version)
+    (scratch / "model").mkdir()
+    where = {"dst_path": str(scratch / "model"), "tracking_uri": tracking_uri()}
     try:
-        root = Path(mlflow.artifacts.download_artifacts(**given, dst_path=str(scratch / "model")))
-    except (mlflow.MlflowException, PoemergeError, OSError):
+        root = Path(download_artifacts(place, **where))
+    except (MlflowException, PoemergeError, OSError):
         return {}
     return {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
 

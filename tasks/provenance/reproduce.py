@@ -13,8 +13,8 @@ from poemerge.lineage import Lineage, Source, hash_files
 from poemerge.progress import Progress, silent
 from tasks.provenance.difference import facts_of
 from tasks.provenance.model import DVC, Model, opened
+from tasks.provenance.search import Found, Reach, Search, found_at
 from tasks.provenance.shelves import Shelves
-from tasks.provenance.verify import Found, Reach, Search, found_at
 from tasks.versions import SCHEME
 
 HUB = "hf://"

@@ -15,7 +15,8 @@ from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, hash_files, produce, sha256
 from tasks.dvc_store.reference import Reference, contents
 from tasks.provenance.difference import differences
-from tasks.provenance.verify import Check, Verification
+from tasks.provenance.search import Check
+from tasks.provenance.verify import Verification
 
 CHAMPION = "models:/tiny@champion"
 WEIGHTS = "model.safetensors"
@@ -70,7 +71,7 @@ class TestHistory:
         made = history(CHAMPION)
         assert made.record == Lineage.find(merged())
         (version,) = made.versions
-        assert (version.name, version.number) == ("tiny", 1)
+        assert version.uri == "models:/tiny/1"
         assert version.aliases == ("challenger", "champion")
         assert version.source == registered()["source"]
         board = json.loads(Path("artifacts/register/leaderboard.json").read_text())
@@ -107,14 +108,55 @@ class TestHistory:
         assert told[0]["digest"] == registered()["digest"]
 
     @pytest.mark.usefixtures("mine")
-    def test_elsewhere_the_scores_come_from_the_run_in_mlflow(self) -> None:
-        folder = Path("artifacts/evaluate/merges", registered()["candidate"])
-        scores = history(CHAMPION).evaluation.scores
+    def test_a_version_that_lies_in_mlflow(self, tmp_path: Path) -> None:
+        """Bytes and evaluation are artifacts of a run; no folder of the project is needed."""
+        evaluation = Path("artifacts/evaluate/merges", registered()["candidate"])
+        here = history(CHAMPION)
         client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
-        version = client.get_model_version("tiny", "1")
-        client.log_artifacts(version.run_id, str(folder), "evaluation")
+        place = client.create_experiment("copies", artifact_location=str(tmp_path / "artifacts"))
+        run = client.create_run(place).info
+        client.log_artifacts(run.run_id, str(merged()), "model")
+        client.log_artifacts(run.run_id, str(evaluation), "evaluation")
+        client.create_registered_model("copy")
+        tags = {"poemerge.digest": here.digest}
+        client.create_model_version("copy", f"{run.artifact_uri}/model", run.run_id, tags)
         shutil.rmtree("artifacts")
-        assert history(CHAMPION).evaluation.scores == scores
+        shutil.rmtree(".dvc/cache")
+        made = history("models:/copy/1")
+        assert made.record == here.record
+        assert made.evaluation == here.evaluation
+        assert [version.uri for version in made.versions] == ["models:/copy/1", "models:/tiny/1"]
+        assert verify("models:/copy/1").problems == ()
+        spoil(tmp_path / "artifacts" / run.run_id / "artifacts/model" / WEIGHTS)
+        assert verify("models:/copy/1").own.having("changed") == [WEIGHTS]
+
+    @pytest.mark.usefixtures("mine")
+    def test_decisions_in_force_are_told(self) -> None:
+        """Rows of the audit table: the third follows the same one as the second, and is void."""
+        client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
+        client.create_registered_model("tiny-decisions")
+        rows = [
+            ("promotion", 1, ""),
+            ("refusal", 1, "a"),
+            ("rollback", 1, "a"),
+            ("refusal", 2, "b"),
+        ]
+        for kind, number, before in rows:
+            body = {"kind": kind, "version": number, "before": before}
+            body |= {"when": "2030-01-01T00:00:00+00:00", "who": "ann", "reason": "so"}
+            tags = {"poemerge.decision.body": json.dumps(body)}
+            client.create_model_version("tiny-decisions", "poemerge://decision/x", tags=tags)
+        (version,) = history(CHAMPION).versions
+        assert [decision["kind"] for decision in version.decisions] == ["promotion", "refusal"]
+
+    def test_a_server_that_is_gone_leaves_out_versions(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        made = history(str(run / merged()))
+        assert made.versions == ()
+        assert made.evaluation is not None
 
     @pytest.mark.usefixtures("run")
     def test_what_means_nothing_is_refused(self, tmp_path: Path) -> None:
