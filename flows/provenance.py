@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.cli.options import cache
-from flows.places import ARTIFACTS, RUNS
+from flows.places import ARTIFACTS, RUNS, cache
 from poemerge.errors import SettingError, SourceError
 from poemerge.progress import Progress, silent
 from tasks.fetch import DTYPE, resolve_local

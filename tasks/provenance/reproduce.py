@@ -9,12 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, hash_files
+from poemerge.lineage import Lineage, Source, hash_files, sha256
 from poemerge.progress import Progress, silent
 from tasks.provenance.difference import facts_of
 from tasks.provenance.model import DVC, Model, opened
 from tasks.provenance.search import Found, Reach, Search, found_at
 from tasks.provenance.shelves import Shelves
+from tasks.provenance.tensors import OTHER, difference
 from tasks.versions import SCHEME
 
 HUB = "hf://"
@@ -153,11 +154,14 @@ def _merge(record: Lineage, folders: Mapping[str, Path], out: Path, progress: Pr
 def _compare(model: Model, out: Path, made: Lineage) -> Reproduction:
     then, now = model.record.outputs, hash_files(out)
     same = tuple(name for name in then if now.get(name) == then[name])
-    differing = {
-        name: _difference(model.files.get(name), out / name) if name in then else "is new"
-        for name in sorted({**then, **now})
-        if name not in same
-    }
+    differing = {}
+    for name in sorted({**then, **now}.keys() - set(same)):
+        if name not in then or name not in now:
+            differing[name] = "is new" if name in now else "was not made"
+            continue
+        before = model.files.get(name)
+        known = before is not None and sha256(before) == then[name]
+        differing[name] = difference(before, out / name) if before and known else OTHER
     return Reproduction(out, tuple(_caveats(model.record, made)), same, differing)
 
 
@@ -168,28 +172,3 @@ def _caveats(then: Lineage, now: Lineage) -> Iterator[str]:
             old, new = left.get(key, "none"), right.get(key, "none")
             if old != new:
                 yield f"{section} {key}: {old[:24]} then, {new[:24]} now"
-
-
-def _difference(then: Path | None, now: Path) -> str:
-    """In what a file differs, tensor by tensor where it holds tensors."""
-    if not now.is_file():
-        return "was not made"
-    if then is None or now.suffix != ".safetensors":
-        return "has other bytes"
-    from safetensors import safe_open  # noqa: PLC0415 - imports torch
-
-    with safe_open(then, "pt") as old, safe_open(now, "pt") as new:
-        names = sorted({*old.keys(), *new.keys()})
-        both = {name for name in old.keys() if name in new.keys()}  # noqa: SIM118 - no mapping
-        gaps = {
-            name: (old.get_tensor(name).double() - new.get_tensor(name).double()).abs()
-            if name in both and old.get_slice(name).get_shape() == new.get_slice(name).get_shape()
-            else None
-            for name in names
-        }
-    moved = [
-        f"{name} (another shape)" if gap is None else f"{name} (by up to {gap.max():.1e})"
-        for name, gap in gaps.items()
-        if gap is None or (gap.numel() and gap.max() > 0)
-    ]
-    return f"differs in {', '.join(moved)}" if moved else "has the same tensors, other bytes"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.provenance import history, reproduce, verify
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, hash_files, produce, sha256
+from poemerge.lineage import Lineage, Source, digest, hash_files, produce, sha256
 from tasks.dvc_store.reference import Reference, contents
 from tasks.provenance.difference import differences
 from tasks.provenance.search import Check
@@ -265,6 +265,27 @@ class TestVerify:
     def test_a_file_that_the_record_does_not_know(self) -> None:
         (merged() / "stray.txt").write_text("x")
         assert verify(str(merged())).own.having("changed") == ["stray.txt"]
+
+    @pytest.mark.usefixtures("mine")
+    def test_an_expert_that_is_a_registered_version_is_followed(self) -> None:
+        record = Lineage.find(merged())
+        revision = f"models:/tiny/1@{digest(dict(record.outputs))}"
+        source = Source("law", record.outputs, CHAMPION, revision, asdict(record))
+        fetched = Lineage("fetch", {"revision": revision}, (source,), CHAMPION, revision)
+        files = [path for path in merged().iterdir() if path.name in record.outputs]
+        produce(Path("law"), fetched, lambda out: [shutil.copy(path, out) for path in files])
+        model = Lineage("merge", {}, (Source.of("law", Path("law")),))
+        produce(Path("out"), model, lambda out: (out / "x").write_text("x"))
+        for folder in ("law", "artifacts/merge"):
+            shutil.rmtree(folder)
+        found = verify("out")
+        assert found.problems == ()
+        assert by_role(found)["law",].where == "models:/tiny/1"
+        assert ("law", "law", "red", "red") in by_role(found)
+        ((_, copied),) = history("out").sources
+        ((_, made),) = copied.sources
+        assert made.record == record
+        assert made.versions[0].aliases == ("challenger", "champion")
 
     def test_bytes_that_a_hub_stated_are_checked_in_the_copy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
