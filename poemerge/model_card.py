@@ -33,8 +33,8 @@ CARD = """\
 {sources}
 {solved}
 `lineage.json` says what made these bytes (sources with their hashes, settings, code, packages);
-`merge_report.json` says what was done to every tensor. In this folder, `poemerge verify .` hashes
-everything again, and `poemerge reproduce .` merges again from the sources and compares the bytes.
+`merge_report.json` says what was done to every tensor. Given this folder, `poemerge verify` hashes
+everything again, and `poemerge reproduce` merges again from the sources and compares the bytes.
 {warnings}"""
 
 
