@@ -123,7 +123,8 @@ class Source:
         try:
             return cls(name, {path.name: sha256(path)})
         except OSError as error:
-            message = f"{path} ({name}) cannot be read ({error.strerror}); mend it, or name another."
+            reason = error.strerror
+            message = f"{path} ({name}) cannot be read ({reason}); mend it, or name another."
             raise SourceError(message) from error
 
     @property
