@@ -11,6 +11,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import ClassVar
 
+import click
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import poemerge
 from flows.cli import main
 from flows.overrides import parse_settings
-from flows.params import MergeParams
+from flows.params import MergeParams, load
 from poemerge.methods import METHODS, find
 from poemerge.poe.certificate import Certificate
 from poemerge.poe.settings import HeavySettings, ProductSettings
@@ -233,15 +234,31 @@ class TestFamily:
                 find(method).settings.parse(settings)
 
 
-def test_the_settings_of_every_command_are_accepted() -> None:
+def test_every_command_is_accepted() -> None:
+    """Its options are there; what it sets is a setting of the method, or a key of params.yaml."""
     shown = commands()
     assert len(shown) > 10
     for words in shown:
-        options = {name for p in main.commands[words[1]].params for name in p.opts}
-        assert {word for word in words if word.startswith("--")} <= options
+        command = command_of(words[1:])
+        options = {name for p in command.params for name in p.opts}
+        assert {word for word in words if word.startswith("--")} <= options, words
         given = [b for a, b in pairwise(words) if a == "--set"]
-        method = words[words.index("--method") + 1] if "--method" in words else "cauchy_poe"
-        find(method).settings.parse(parse_settings(given))
+        if "--params" in options:
+            load(ROOT / "params.yaml", given)
+        elif given:
+            method = words[words.index("--method") + 1] if "--method" in words else "cauchy_poe"
+            find(method).settings.parse(parse_settings(given))
+
+
+def command_of(words: list[str]) -> click.Command:
+    """The command that words begin with, `experts add` say."""
+    command: click.Command = main
+    for word in words:
+        if not isinstance(command, click.Group):
+            break
+        assert word in command.commands, words
+        command = command.commands[word]
+    return command
 
 
 def test_patterns_on_the_command_line_mean_what_the_page_says() -> None:

@@ -22,8 +22,10 @@ COLUMNS = ("setting", "default", "values", "meaning")
 
 
 def page() -> str:
-    """The page, every method in the order of its name."""
-    return "\n".join([HEAD, *(_entry(METHODS[name]) for name in sorted(METHODS))])
+    """The page: an overview, then each method, in the order of their names."""
+    methods = [METHODS[name] for name in sorted(METHODS)]
+    rows = [(f"[{code(each.name)}](#{each.name})", prose(each.summary)) for each in methods]
+    return "\n".join([HEAD, table(("method", "does"), rows), *map(_entry, methods)])
 
 
 def _entry(method: Method) -> str:
