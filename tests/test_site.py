@@ -1,11 +1,17 @@
 """The pages lead on, and the site that is built of them needs nobody else."""
 
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -105,3 +111,54 @@ def test_marks_that_a_forge_reads_are_read_here_too(site: Path) -> None:
         html = page.read_text(encoding="utf-8")
         text = re.sub(r"<(pre|code|script)\b.*?</\1>", "", html, flags=re.DOTALL)
         assert not re.search(r"\|---|```|<p>[^<]*\n- ", text), page
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is not installed (apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=chromium)
+        yield launched
+        launched.close()
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "named"), [(390, "dark", "slate"), (1366, "light", "default")]
+)
+def test_a_browser_is_content(
+    browser: Any, served: str, width: int, scheme: str, named: str
+) -> None:
+    complaints: list[str] = []
+    asked: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    for name in ("index.html", "reference/params.html", "posterior.html"):
+        page.goto(served + name)
+        needed, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert needed <= there, name
+        assert page.evaluate("document.body.dataset.mdColorScheme") == named
+    page.evaluate("document.querySelector('.md-search__input').focus()")
+    page.keyboard.type("ridge")
+    page.wait_for_selector(".md-search-result__item")
+    page.close()
+    assert complaints == []
+    assert [url for url in asked if not url.startswith((served, "data:", "blob:"))] == []
