@@ -44,11 +44,20 @@ def _link(context: click.Context) -> str:
 def _entry(context: click.Context) -> str:
     command = context.command
     usage = command.get_usage(context).removeprefix("Usage: ")
-    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
-    text = "\n\n".join(prose(paragraph) for paragraph in paragraphs)
+    shown = inspect.cleandoc(command.help or "").partition("\f")[0]
+    text = "\n\n".join(map(_paragraph, shown.split("\n\n")))
     rows = [row for parameter in command.params if (row := _row(parameter, context))]
     options = table(("argument or option", "meaning"), rows)
-    return f"## {context.command_path}\n\n```text\n{usage}\n```\n\n{text}\n\n{options}"
+    return f"## {context.command_path}\n\n{_block(usage)}\n\n{text}\n\n{options}"
+
+
+def _paragraph(text: str) -> str:
+    """Sentences, or lines that are to be shown as they are: click marks these by a backspace."""
+    return _block(text.removeprefix("\b\n")) if text.startswith("\b\n") else prose(text)
+
+
+def _block(lines: str) -> str:
+    return f"```text\n{lines}\n```"
 
 
 def _row(parameter: click.Parameter, context: click.Context) -> tuple[str, str] | None:

@@ -31,7 +31,16 @@ class TestCommands:
         @click.argument("books", nargs=-1, required=True)
         @click.option("--by", type=click.Choice(["size", "age"]), default="age", show_default=True)
         def order(books: tuple[str, ...], by: str) -> None:
-            """Put BOOKS in order."""
+            """Put BOOKS in order.
+
+            \b
+            first  a_*
+            then   b
+
+            Last.
+            \f
+            For us alone.
+            """
 
         @shelf.command(hidden=True)
         def burn() -> None:
@@ -43,6 +52,8 @@ class TestCommands:
         assert "poemerge shelf order [OPTIONS] BOOKS..." in page
         assert "| `BOOKS...` | required, one or more |" in page
         assert "| <code>--by [size&#124;age]</code> | [default: age] |" in page
+        assert "\n\n```text\nfirst  a_*\nthen   b\n```\n\nLast.\n" in page
+        assert "For us alone" not in page
         assert "burn" not in page
 
 
