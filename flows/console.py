@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.tree import Tree
-
-from poemerge.lineage import Lineage, Source
 
 if TYPE_CHECKING:
     from poemerge.extracting.report import ExtractReport
@@ -50,6 +46,13 @@ def tensor_progress(doing: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def waiting(doing: str) -> Iterator[None]:
+    """A sign of life on stderr, where a terminal shows it."""
+    with Console(stderr=True).status(doing):
+        yield
 
 
 def show_outcome(outcome: Mapping[str, Any]) -> None:
@@ -192,39 +195,6 @@ def show_methods(methods: Mapping[str, "Method"]) -> None:
         for name, default, meaning in method.settings.describe():
             table.add_row(f"[cyan]{name}[/]", json.dumps(default), meaning)
         console.print(table)
-
-
-def show_lineage(ref: str, record: Lineage, *, as_json: bool) -> None:
-    """The tree from a folder down to its sources."""
-    if as_json:
-        console.print_json(json.dumps(asdict(record)))
-        return
-    tree = Tree(f"[bold]{ref}[/]  {record.stage}  {_settings(record)}")
-    tree.add("[dim]" + ", ".join(f"{name} {value[:12]}" for name, value in record.code.items()))
-    packages = ", ".join(f"{name} {version}" for name, version in record.packages.items())
-    tree.add(f"[dim]{record.device}; {packages}[/]")
-    for source in record.inputs:
-        _grow(tree, source)
-    console.print(tree)
-
-
-def _grow(tree: Tree, source: Source) -> None:
-    """Add a source, and what made it."""
-    where = source.uri + (f" @ {source.revision[:12]}" if source.revision else "")
-    branch = tree.add(f"[cyan]{source.name}[/]  {where}  [dim]{len(source.files)} files[/]")
-    for file, sha256 in source.files.items():
-        if file.endswith((".safetensors", ".gguf", ".bin")):
-            branch.add(f"[dim]{file}  sha256 {sha256[:16]}…[/]")
-    for record in (source.parent or {}).get("inputs", ()):
-        parent = Source(**record)
-        if not parent.files.items() <= source.files.items():  # a plain copy would say it twice
-            _grow(branch, parent)
-
-
-def _settings(record: Lineage) -> str:
-    settings = {**record.params, **record.params.get("settings", {})}
-    shown = {k: v for k, v in settings.items() if k != "settings" and v not in ("", {}, None)}
-    return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _cells(row: "Row", board: "Leaderboard") -> list[str]:

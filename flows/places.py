@@ -5,6 +5,7 @@ them. So a step whose parameters, and those of all before it, are the plain ones
 place; any other goes below `.poemerge/runs/`, in a folder named after the overrides.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from poemerge.lineage import digest
 PLAIN = Path("params.yaml")  # what dvc.yaml and dvc.lock speak of
 ARTIFACTS = Path("artifacts")
 RUNS = Path(".poemerge/runs")
+CACHE = "POEMERGE_CACHE"  # names another folder for copies of what a command alone was given
+
+
+def cache() -> Path:
+    """Where the copies are kept that belong to no run."""
+    return Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge"))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What made these bytes: the record `lineage.json` inside every folder that poemerge makes.
 
-The record holds no clock, no host name and no absolute path, so the same work gives the same bytes.
+The file is an in-toto statement with SLSA provenance (statement.py); a record of format 1, which
+was the plain fields, is read as well. It holds no clock, no host name and no absolute path, so the
+same work gives the same bytes.
 It also decides what is up to date: a folder is current when its record names the same stage,
 params, inputs and code, and its files still have the recorded hashes.
 """
@@ -22,9 +24,9 @@ from typing import Any, Self
 
 from poemerge.atomic import new_folder, write_json
 from poemerge.errors import SourceError
+from poemerge.statement import read_statement, write_statement
 from poemerge.version import VERSION
 
-FORMAT = "poemerge/lineage/1"
 RECORD = "lineage.json"
 PACKAGES = ("torch", "safetensors", "numpy")
 
@@ -53,6 +55,11 @@ def sha256(path: Path) -> str:
 def _sha256(path: str, _inode: int, _size: int, _mtime_ns: int) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def forget_hashes() -> None:
+    """See that every file is read again that is asked for from now on."""
+    _sha256.cache_clear()
 
 
 _BUSY: defaultdict[tuple[str, int, int, int], Lock] = defaultdict(Lock)
@@ -94,9 +101,11 @@ class Source:
     Attributes:
         name: the role it plays (`base`, an expert's name, a task's name).
         files: relative path → sha256 of every file that was read.
-        uri: where it came from, as the user wrote it.
+        uri: where it came from, as the user wrote it; an absolute path is left out, for it speaks
+            of one machine.
         revision: what the URI resolved to, immutable (a commit, a hash); empty if it has none.
-        parent: the lineage record found inside the input itself, so that a chain can be followed.
+        parent: the fields of the lineage record found inside the input itself, so that a chain can
+            be followed.
     """
 
     name: str
@@ -106,12 +115,12 @@ class Source:
     parent: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, name: str, folder: Path, uri: str = "") -> Self:
+    def of(cls, name: str, folder: Path) -> Self:
         """Hash `folder` and take over the record that it carries, if any."""
-        record = Lineage.find(folder)
+        record, files = Lineage.find(folder), hash_files(folder)
         if record is None:
-            return cls(name, hash_files(folder), uri)
-        return cls(name, hash_files(folder), uri or record.uri, record.revision, asdict(record))
+            return cls(name, files, _address(folder))
+        return cls(name, files, record.uri or _address(folder), record.revision, asdict(record))
 
     @classmethod
     def of_file(cls, name: str, path: Path) -> Self:
@@ -121,7 +130,7 @@ class Source:
             SourceError: it cannot be read.
         """
         try:
-            return cls(name, {path.name: sha256(path)})
+            return cls(name, {path.name: sha256(path)}, _address(path))
         except OSError as error:
             reason = error.strerror
             message = f"{path} ({name}) cannot be read ({reason}); mend it, or name another."
@@ -131,6 +140,10 @@ class Source:
     def digest(self) -> str:
         """One sha256 for all files: equal digests mean equal bytes under equal names."""
         return digest(dict(self.files))
+
+
+def _address(path: Path) -> str:
+    return "" if path.is_absolute() else path.as_posix()
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,6 @@ class Lineage:
     code: Mapping[str, str] = field(default_factory=lambda: {"poemerge": VERSION})
     packages: Mapping[str, str] = field(default_factory=lambda: dict(package_versions()))
     outputs: Mapping[str, str] = field(default_factory=dict)
-    format: str = FORMAT
 
     @property
     def key(self) -> str:
@@ -169,7 +181,18 @@ class Lineage:
 
     def write(self, folder: Path) -> None:
         """Hash what `folder` holds and write the record into it."""
-        write_json(folder / RECORD, asdict(self) | {"outputs": hash_files(folder)})
+        fields = asdict(self) | {"outputs": hash_files(folder)}
+        write_json(folder / RECORD, write_statement(fields))
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """The record that has these fields, as `asdict` gives them and a source's parent is kept.
+
+        Raises:
+            KeyError: it has no inputs; a TypeError or an AttributeError where it is no record.
+        """
+        known = {name: value for name, value in fields.items() if name != "format"}
+        return cls(**known | {"inputs": tuple(Source(**source) for source in fields["inputs"])})
 
     @classmethod
     def find(cls, folder: Path) -> Self | None:
@@ -178,18 +201,25 @@ class Lineage:
         Raises:
             SourceError: the file is there but is no lineage record.
         """
+        path = folder / RECORD
+        return cls.read(path) if path.exists() else None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in a file, whatever its name.
+
+        Raises:
+            SourceError: it is unreadable, or no lineage record.
+        """
         try:
-            raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+            raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            message = f"{folder / RECORD} is unreadable ({error}); delete it to go on without it."
+            message = f"{path} is unreadable ({error}); delete it to go on without it."
             raise SourceError(message) from error
         try:
-            inputs = tuple(Source(**source) for source in raw.pop("inputs"))
-            return cls(inputs=inputs, **raw)
-        except (AttributeError, KeyError, TypeError) as error:
-            message = f"{folder / RECORD} is no lineage record ({error}); delete it to go on."
+            return cls.of(read_statement(raw) if "_type" in raw else raw)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            message = f"{path} is no lineage record ({error}); delete it to go on."
             raise SourceError(message) from error
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from poemerge.atomic import write_json, write_text
 from poemerge.checkpoint import read_json
-from poemerge.lineage import RECORD, Lineage
+from poemerge.lineage import RECORD, Lineage, Source
 from poemerge.report import REPORT, MergeReport
 
 TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 OWN_FILES = {RECORD, REPORT, "adapter_config.json"}
+
+HUB = "hf://"
 
 CARD = """\
 ---
@@ -26,8 +28,13 @@ CARD = """\
 {settings}
 ```
 
+| source | from | revision | digest of its files |
+|---|---|---|---|
+{sources}
+{solved}
 `lineage.json` says what made these bytes (sources with their hashes, settings, code, packages);
-`merge_report.json` says what was done to every tensor.
+`merge_report.json` says what was done to every tensor. Given this folder, `poemerge verify` hashes
+everything again, and `poemerge reproduce` merges again from the sources and compares the bytes.
 {warnings}"""
 
 
@@ -46,9 +53,9 @@ def copy_side_files(base: Path, folder: Path, dtype: str) -> None:
 def write_card(folder: Path, report: MergeReport, lineage: Lineage) -> None:
     """Write README.md with the front matter that model hubs read."""
     base = lineage.inputs[0]
-    uri = base.uri or base.name
+    known = base.uri if "://" in base.uri else Path(base.uri or base.name).name
     header: dict[str, Any] = {
-        "base_model": uri.removeprefix("hf://").split("@")[0],
+        "base_model": _hub_name(base) or known,
         "base_model_relation": "merge",
         "library_name": "peft" if report.output == "adapter" else "transformers",
         "tags": ["merge", "poemerge", report.method],
@@ -59,8 +66,41 @@ def write_card(folder: Path, report: MergeReport, lineage: Lineage) -> None:
         count=len(report.experts),
         names=", ".join(f"`{name}`" for name in report.experts),
         method=report.method,
-        base=uri,
+        base=base.uri or base.name,
         settings=json.dumps(report.settings, indent=2),
+        sources="\n".join(map(_row, lineage.inputs)),
+        solved=_solved(report),
         warnings=f"\n## Worth a look\n\n{notes}\n" if notes else "",
     )
     write_text(folder / "README.md", card)
+
+
+def _hub_name(source: Source) -> str:
+    """`org/name` where the source, or what it is a copy of, is on a hub; else nothing."""
+    if source.uri.startswith(HUB):
+        return source.uri.removeprefix(HUB).split("@")[0]
+    made = Lineage.of(source.parent) if source.parent else None
+    if made is None or made.stage != "fetch":
+        return ""
+    return next((name for name in map(_hub_name, made.inputs) if name), "")
+
+
+def _row(source: Source) -> str:
+    where, revision = (f"`{text}`" if text else "" for text in (source.uri, source.revision))
+    return f"| {source.name} | {where} | {revision} | `{source.digest[:16]}` |"
+
+
+def _solved(report: MergeReport) -> str:
+    """One paragraph on the certificates, where products of experts were solved."""
+    found = [t.certificate for t in report.tensors if "condition" in t.certificate]
+    if not found:
+        return ""
+    settled = sum(bool(certificate["converged"]) for certificate in found)
+    steps, growth, condition = (
+        max(certificate[key] for certificate in found) for key in ("steps", "growth", "condition")
+    )
+    return (
+        f"\n{settled} of {len(found)} matrices settled, in {steps} steps at most. The largest "
+        f"update is {growth:.2f} times that of the largest expert (Frobenius norm), and the worst "
+        f"system has condition {condition:.0e}.\n"
+    )

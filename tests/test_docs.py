@@ -14,6 +14,7 @@ from typing import ClassVar
 import click
 import pytest
 import torch
+from click.testing import CliRunner
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
@@ -67,6 +68,7 @@ def commands() -> list[list[str]]:
 
 def test_all_code_is_executed() -> None:
     executed = {*TestNewMethods.CHECKS, "family.md", "certificates.md", "residuals.md", "walk.md"}
+    executed.add("lineage.md")
     pages = {page.relative_to(DOCS).as_posix() for page in PAGES}
     assert {page for page in pages if blocks(page, "python")} == executed
 
@@ -328,6 +330,37 @@ class TestResiduals:
         for name, fit in found["fits"].items():
             (line,) = re.findall(rf"^\| `{name}` \|.*\|$", rest, flags=re.MULTILINE)
             assert set(re.findall(r"`(\w+)`", line)) == {name, *fit["parameters"]}
+
+
+class TestLineage:
+    """The sessions of lineage.md, word for word but for hashes and versions."""
+
+    VARYING = re.compile(r"[0-9a-f]{12}…?|\d+(\.\d+)+(\+\w+)?")
+
+    def test_the_commands_say_what_the_page_shows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        run("lineage.md")
+        for block in blocks("lineage.md", "console"):
+            for session in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, _, shown = session.partition("\n")
+                if command.startswith("poemerge sign"):
+                    pytest.importorskip("model_signing.signing")
+                assert self.masked(self.said(command)) == self.masked(shown), command
+
+    @staticmethod
+    def said(command: str) -> str:
+        words = command.split()
+        if words[0] != "poemerge":
+            subprocess.run(words, check=True, capture_output=True)
+            return ""
+        done = CliRunner().invoke(main, words[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def masked(self, text: str) -> list[list[str]]:
+        return [self.VARYING.sub("#", line).split() for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("cells", list(rows("maths.md", "| symbol | meaning | name | file |")))

@@ -67,5 +67,8 @@ for _command in (
     records.methods,
     pipeline.report,
     records.lineage,
+    records.verify,
+    records.reproduce,
+    records.sign,
 ):
     main.add_command(_command)

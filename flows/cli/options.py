@@ -1,12 +1,9 @@
 """Options that commands share, and the folders behind a SRC."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-
-CACHE = "POEMERGE_CACHE"
 
 params_option = click.option(
     "--params",
@@ -72,6 +69,7 @@ def _local(source: str) -> Path:
 
     if is_ready(Path(source)):
         return Path(source)
+    from flows.places import cache
     from tasks.fetch import resolve_local
 
-    return resolve_local(source, Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge")))
+    return resolve_local(source, cache())

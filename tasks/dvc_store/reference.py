@@ -152,13 +152,27 @@ def contents(reference: Reference) -> dict[str, Blob]:
         return found
 
 
+def present(reference: Reference) -> dict[str, Blob]:
+    """What of a reference is in the cache, which may be a part of it; the remote is not asked.
+
+    Raises:
+        SettingError: there is no DVC repository.
+    """
+    with repository() as repo:
+        return {n: b for n, b in _named(repo, reference).items() if b.path.is_file()}
+
+
 def _cached(repo: Any, reference: Reference) -> dict[str, Blob] | None:
+    files = _named(repo, reference)
+    return files if files and all(blob.path.is_file() for blob in files.values()) else None
+
+
+def _named(repo: Any, reference: Reference) -> dict[str, Blob]:
     cache = repo.cache.local
-    files = {
+    return {
         name: Blob(Path(cache.oid_to_path(info.value)), info.value)
         for name, info in _listed(cache, reference).items()
     }
-    return files if files and all(blob.path.is_file() for blob in files.values()) else None
 
 
 def _listed(cache: Any, reference: Reference) -> dict[str, HashInfo]:

@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poemerge import METHODS, MergeReport
 from poemerge.checkpoint import Checkpoint
-from poemerge.lineage import Lineage, hash_files, produce
+from poemerge.lineage import Lineage, Source, hash_files, produce
 from poemerge.merge import expert_weights, merge_checkpoints, merge_lineage, name_experts
 from poemerge.merging.memory import OVERHEAD
 from poemerge.merging.plan import plan_merge
@@ -457,6 +458,47 @@ class TestModelCard:
         assert "merge" in header["tags"]
         assert header["library_name"] == "transformers"
         assert "`e1`, `e2`, `e3`" in text
+
+    def test_sources_of_a_hub(self, zoo: Zoo, tmp_path: Path) -> None:
+        base, expert = copy(zoo.base(), tmp_path / "b"), copy(zoo.adapter(1), tmp_path / "e")
+        Lineage("fetch", {}, (), "hf://org/tiny@main", "c" * 40).write(base)
+        merge_checkpoints(base, {"law": expert}, tmp_path / "out", "cauchy_poe", output="adapter")
+        text = (tmp_path / "out/README.md").read_text()
+        header = yaml.safe_load(text.split("---")[1])
+        assert header == {
+            "base_model": "org/tiny",
+            "base_model_relation": "merge",
+            "library_name": "peft",
+            "tags": ["merge", "poemerge", "cauchy_poe"],
+        }
+        record = Lineage.find(tmp_path / "out")
+        row = f"| base | `hf://org/tiny@main` | `{'c' * 40}` | `{record.inputs[0].digest[:16]}` |"
+        assert row in text
+        assert f"| law |  |  | `{record.inputs[1].digest[:16]}` |" in text
+
+    def test_a_copy_of_a_hub_and_a_folder(
+        self, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was fetched from a copy of a hub's model is that model; a path is no name of one."""
+        monkeypatch.chdir(tmp_path)
+        copied, plain = copy(zoo.base(), Path("copied")), copy(zoo.base(), Path("models/plain"))
+        hub = Lineage("fetch", {}, (Source("base", {}, "hf://org/tiny"),), "hf://org/tiny")
+        source = Source("base", {}, "hf-mirror/tiny", "", asdict(hub))
+        Lineage("fetch", {}, (source,), "hf-mirror/tiny").write(copied)
+        names = []
+        for base in (copied, plain):
+            merge_checkpoints(base, [zoo.full(1)], Path("out"), "average", overwrite=True)
+            names.append(yaml.safe_load(Path("out/README.md").read_text().split("---")[1]))
+        assert [header["base_model"] for header in names] == ["org/tiny", "plain"]
+
+    def test_certificates_are_summed_up(self, zoo: Zoo, tmp_path: Path) -> None:
+        found = [t.certificate for t in merge(zoo, tmp_path / "out").tensors if t.certificate]
+        text = (tmp_path / "out/README.md").read_text()
+        steps, growth = (max(each[key] for each in found) for key in ("steps", "growth"))
+        assert f"{len(found)} of {len(found)} matrices settled, in {steps} steps at most" in text
+        assert f"update is {growth:.2f} times" in text
+        merge(zoo, tmp_path / "ties", "ties")
+        assert "settled" not in (tmp_path / "ties/README.md").read_text()
 
     def test_warnings_are_in_it(self, zoo: Zoo, tmp_path: Path) -> None:
         merge(zoo, tmp_path / "out", max_steps=1, rtol=0.0)

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flows.cli import main
+from poemerge.lineage import Lineage
 from poemerge.methods import METHODS
 
 HEAVY = ("torch", "prefect", "mlflow", "dvc", "lm_eval", "transformers", "pydantic", "rich")
@@ -50,9 +51,8 @@ def test_merge_draws_samples(sources: list[object], tmp_path: Path) -> None:
     assert "2 draws from the posterior" in done.output
     drawn = tmp_path / "merged-samples" / "001"
     assert (drawn / "adapter_model.safetensors").exists()
-    record = json.loads((drawn / "lineage.json").read_text())
     expected = {"draw": 1, "sampler": "laplace", "temperature": 0.5}
-    assert record["params"]["posterior"] == expected
+    assert Lineage.find(drawn).params["posterior"] == expected
 
 
 def test_merge_makes_an_adapter(sources: list[object], tmp_path: Path) -> None:
@@ -156,17 +156,6 @@ def test_methods_lists_all_with_their_settings() -> None:
         assert all(setting in said for setting, _, _ in method.settings.describe())
 
 
-def test_lineage_draws_the_tree(sources: list[object], tmp_path: Path) -> None:
-    out = tmp_path / "merged"
-    poemerge("merge", *sources, "--out", out)
-    said = poemerge("lineage", out).output
-    for words in ("cauchy_poe", "base", "model.safetensors", "adapter_model.safetensors", "torch"):
-        assert words in said
-    record = json.loads(poemerge("lineage", out, "--json").output)
-    assert record == json.loads((out / "lineage.json").read_text())
-    assert poemerge("lineage", tmp_path).exit_code == 1
-
-
 def test_report_of_a_model(
     sources: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +170,7 @@ def test_report_of_a_model(
     assert done.output.strip().splitlines()[-1] == str(page)
     assert shown == [str(page)]
     assert "was up to date" in poemerge("report", out, *sources).output
-    assert json.loads((out / "lineage.json").read_text())["outputs"].keys() == {
+    assert Lineage.find(out).outputs.keys() == {
         path.name for path in out.iterdir() if path.name != "lineage.json"
     }
 

@@ -1,0 +1,354 @@
+"""Lineage, verification and reproduction of what a real run registered in MLflow and DVC."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
+
+from flows.provenance import history, reproduce, verify
+from poemerge.errors import SettingError, SourceError
+from poemerge.lineage import Lineage, Source, digest, hash_files, produce, sha256
+from tasks.dvc_store.reference import Reference, contents
+from tasks.provenance.difference import differences
+from tasks.provenance.search import Check
+from tasks.provenance.verify import Verification
+
+CHAMPION = "models:/tiny@champion"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def run(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished run, for reading."""
+    monkeypatch.chdir(finished_run)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return finished_run
+
+
+@pytest.fixture
+def mine(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, to spoil."""
+    copy = shutil.copytree(finished_run, tmp_path / "project", symlinks=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "cache"))
+    return copy
+
+
+def registered() -> dict:
+    return json.loads(Path("artifacts/register/registration.json").read_text())
+
+
+def merged() -> Path:
+    return Path("artifacts/merge", registered()["candidate"])
+
+
+def blob(name: str) -> Path:
+    reference, _ = Reference.parse(registered()["source"])
+    return contents(reference)[name].path
+
+
+def spoil(path: Path) -> None:
+    """Other bytes of the same length, whatever linked to the file."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def by_role(found: Verification) -> dict[tuple[str, ...], Check]:
+    return {check.role: check for check in found.sources}
+
+
+class TestHistory:
+    @pytest.mark.usefixtures("run")
+    def test_a_version_has_everything_about_it(self) -> None:
+        made = history(CHAMPION)
+        assert made.record == Lineage.find(merged())
+        (version,) = made.versions
+        assert version.uri == "models:/tiny/1"
+        assert version.aliases == ("challenger", "champion")
+        assert version.source == registered()["source"]
+        board = json.loads(Path("artifacts/register/leaderboard.json").read_text())
+        best = next(row for row in board["rows"] if row["label"] == registered()["candidate"])
+        assert made.evaluation.scores == best["scores"]
+        assert version.metrics["test/mean"] == best["mean"]["test"]
+        for task in ("red", "blue"):
+            folder = Path("data/tasks")
+            assert made.evaluation.data[task] == {
+                name: sha256(next(p for p in (folder / name, folder / task / name) if p.exists()))
+                for name in made.evaluation.data[task]
+            }
+            assert len(made.evaluation.data[task]) >= 3
+
+    @pytest.mark.usefixtures("run")
+    def test_it_goes_down_to_the_sources(self) -> None:
+        sources = {source.name: below for source, below in history(CHAMPION).sources}
+        assert list(sources) == ["base", "red", "blue"]
+        fetched = sources["red"]
+        assert fetched.record.stage == "fetch"
+        ((origin, nothing),) = fetched.sources
+        assert nothing is None
+        assert origin.uri == "data/experts/red"
+        weights = Path(origin.uri, "adapter_model.safetensors")
+        assert origin.files[weights.name] == sha256(weights)
+
+    @pytest.mark.usefixtures("run")
+    def test_every_kind_of_reference_means_the_same(self) -> None:
+        told = [
+            json.loads(json.dumps(history(ref).as_json()))
+            for ref in (CHAMPION, "models:/tiny/1", registered()["source"], str(merged()))
+        ]
+        assert all(each == told[0] for each in told)
+        assert told[0]["digest"] == registered()["digest"]
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_version_that_lies_in_mlflow(self, tmp_path: Path) -> None:
+        """Bytes and evaluation are artifacts of a run; no folder of the project is needed."""
+        evaluation = Path("artifacts/evaluate/merges", registered()["candidate"])
+        here = history(CHAMPION)
+        client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
+        place = client.create_experiment("copies", artifact_location=str(tmp_path / "artifacts"))
+        run = client.create_run(place).info
+        client.log_artifacts(run.run_id, str(merged()), "model")
+        client.log_artifacts(run.run_id, str(evaluation), "evaluation")
+        client.create_registered_model("copy")
+        tags = {"poemerge.digest": here.digest}
+        client.create_model_version("copy", f"{run.artifact_uri}/model", run.run_id, tags)
+        shutil.rmtree("artifacts")
+        shutil.rmtree(".dvc/cache")
+        made = history("models:/copy/1")
+        assert made.record == here.record
+        assert made.evaluation == here.evaluation
+        assert [version.uri for version in made.versions] == ["models:/copy/1", "models:/tiny/1"]
+        assert verify("models:/copy/1").problems == ()
+        spoil(tmp_path / "artifacts" / run.run_id / "artifacts/model" / WEIGHTS)
+        assert verify("models:/copy/1").own.having("changed") == [WEIGHTS]
+
+    @pytest.mark.usefixtures("mine")
+    def test_decisions_in_force_are_told(self) -> None:
+        """Rows of the audit table: the third follows the same one as the second, and is void."""
+        client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
+        client.create_registered_model("tiny-decisions")
+        rows = [
+            ("promotion", 1, ""),
+            ("refusal", 1, "a"),
+            ("rollback", 1, "a"),
+            ("refusal", 2, "b"),
+        ]
+        for kind, number, before in rows:
+            body = {"kind": kind, "version": number, "before": before}
+            body |= {"when": "2030-01-01T00:00:00+00:00", "who": "ann", "reason": "so"}
+            tags = {"poemerge.decision.body": json.dumps(body)}
+            client.create_model_version("tiny-decisions", "poemerge://decision/x", tags=tags)
+        (version,) = history(CHAMPION).versions
+        assert [decision["kind"] for decision in version.decisions] == ["promotion", "refusal"]
+
+    def test_a_server_that_is_gone_leaves_out_versions(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        made = history(str(run / merged()))
+        assert made.versions == ()
+        assert made.evaluation is not None
+
+    @pytest.mark.usefixtures("run")
+    def test_what_means_nothing_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match="has no models:/tiny/9: it has versions 1"):
+            history("models:/tiny/9")
+        with pytest.raises(SettingError, match=r"has no lineage\.json; give a folder that"):
+            history(str(tmp_path))
+        with pytest.raises(SourceError, match="names no content"):
+            history("dvc://artifacts/merge")
+
+    @pytest.mark.usefixtures("run")
+    def test_no_database_is_made_by_looking(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = shutil.copytree(merged(), tmp_path / "m")
+        monkeypatch.chdir(tmp_path)
+        assert history(str(folder)).versions == ()
+        assert {path.name for path in tmp_path.iterdir()} == {"m"}
+
+
+class TestDifference:
+    @pytest.mark.usefixtures("run")
+    def test_two_candidates(self) -> None:
+        ties, average = (history(f"artifacts/merge/{label}") for label in ("ties", "average"))
+        found = {(each.section, each.key): each for each in differences(ties, average)}
+        assert {section for section, _ in found} <= {"params", "outputs", "scores"}
+        method = found["params", "method"]
+        assert (method.left, method.right) == ("ties", "average")
+        assert found["params", "settings.keep"].right == ""
+        assert found["outputs", WEIGHTS].left == ties.record.outputs[WEIGHTS]
+        assert differences(ties, ties) == ()
+
+    @pytest.mark.usefixtures("run")
+    def test_a_source_that_moved(self) -> None:
+        ties = history("artifacts/merge/ties")
+        base, red, blue = ties.record.inputs
+        red = replace(red, revision="7", files=red.files | {"more.json": "0" * 64})
+        moved = replace(ties, record=replace(ties.record, inputs=(base, blue, red), device="gpu"))
+        found = [(each.section, each.key) for each in differences(ties, moved)]
+        assert found == [
+            *(("sources", key) for key in ("order", "red revision", "red files")),
+            ("device", "name"),
+        ]
+
+
+class TestVerify:
+    @pytest.mark.usefixtures("run")
+    def test_all_is_intact(self) -> None:
+        found = verify(CHAMPION)
+        assert found.problems == ()
+        assert set(found.own.files) == {path.name for path in merged().iterdir()}
+        assert found.own.where == registered()["source"]
+        roles = by_role(found)
+        assert roles["red",].where == "artifacts/fetch/experts/red"
+        assert roles["red", "red"].where == "data/experts/red"
+        assert dict(found.counts) == {"intact": sum(found.counts.values())}
+
+    @pytest.mark.usefixtures("mine")
+    def test_bytes_in_the_cache_that_changed(self) -> None:
+        spoil(blob(WEIGHTS))
+        found = verify(CHAMPION)
+        assert found.own.having("changed") == [WEIGHTS]
+        assert found.problems == (f"{WEIGHTS} of {registered()['source']} is changed.",)
+        assert verify(str(merged())).problems == ()
+
+    @pytest.mark.usefixtures("mine")
+    def test_bytes_in_the_cache_that_are_gone(self) -> None:
+        blob(WEIGHTS).unlink()
+        found = verify(CHAMPION)
+        assert found.own.having("missing") == [WEIGHTS]
+        assert len(found.problems) == 1
+        shutil.rmtree(".dvc/cache")
+        assert not verify(CHAMPION).own.having("intact")
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_record_that_was_exchanged(self) -> None:
+        """Bytes and record agree, and are still not what was registered."""
+        client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
+        client.set_model_version_tag("tiny", "1", "poemerge.digest", "0" * 64)
+        assert verify(CHAMPION).own.having("changed") == ["lineage.json"]
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_source_that_changed(self) -> None:
+        spoil(Path("data/experts/red/adapter_model.safetensors"))
+        found = verify(CHAMPION)
+        (problem,) = found.problems
+        assert problem == "adapter_model.safetensors of data/experts/red is changed."
+        assert by_role(found)["red",].state == "intact"  # what was merged is the copy
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_fetched_copy_that_changed(self) -> None:
+        spoil(Path("artifacts/fetch/base/model.safetensors"))
+        (problem,) = verify(CHAMPION).problems
+        assert problem == "model.safetensors of artifacts/fetch/base is changed."
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_source_that_is_gone_is_no_fault_of_the_model(self) -> None:
+        shutil.rmtree("data/experts/red")
+        shutil.rmtree("artifacts/fetch/experts/red")
+        found = verify(CHAMPION)
+        assert found.problems == ()
+        assert by_role(found)["red",].state == "missing"
+        assert by_role(found)["red",].address.startswith("data/experts/red @ ")
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_file_that_the_record_does_not_know(self) -> None:
+        (merged() / "stray.txt").write_text("x")
+        assert verify(str(merged())).own.having("changed") == ["stray.txt"]
+
+    @pytest.mark.usefixtures("mine")
+    def test_an_expert_that_is_a_registered_version_is_followed(self) -> None:
+        record = Lineage.find(merged())
+        revision = f"models:/tiny/1@{digest(dict(record.outputs))}"
+        source = Source("law", record.outputs, CHAMPION, revision, asdict(record))
+        fetched = Lineage("fetch", {"revision": revision}, (source,), CHAMPION, revision)
+        files = [path for path in merged().iterdir() if path.name in record.outputs]
+        produce(Path("law"), fetched, lambda out: [shutil.copy(path, out) for path in files])
+        model = Lineage("merge", {}, (Source.of("law", Path("law")),))
+        produce(Path("out"), model, lambda out: (out / "x").write_text("x"))
+        for folder in ("law", "artifacts/merge"):
+            shutil.rmtree(folder)
+        found = verify("out")
+        assert found.problems == ()
+        assert by_role(found)["law",].where == "models:/tiny/1"
+        assert ("law", "law", "red", "red") in by_role(found)
+        ((_, copied),) = history("out").sources
+        ((_, made),) = copied.sources
+        assert made.record == record
+        assert made.versions[0].aliases == ("challenger", "champion")
+
+    def test_bytes_that_a_hub_stated_are_checked_in_the_copy(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        text = b"{}"
+        blob_id = hashlib.sha1(b"blob 2\0" + text).hexdigest()
+        files = {"config.json": f"git:{blob_id}", "gone.bin": "1" * 64}
+        hub = Source("base", files, "hf://org/base@main", "c" * 40)
+        fetched = Lineage("fetch", {}, (hub,), hub.uri, hub.revision)
+        place = Path("artifacts/fetch/base")
+        produce(place, fetched, lambda folder: (folder / "config.json").write_bytes(text))
+        out = Lineage("merge", {}, (Source.of("base", place),))
+        produce(Path("out"), out, lambda folder: (folder / "x").write_text("x"))
+        origin = by_role(verify("out"))["base", "base"]
+        assert origin.files == {"config.json": "intact", "gone.bin": "missing"}
+        assert origin.address == f"hf://org/base@main @ {'c' * 40}"
+
+
+class TestReproduce:
+    @pytest.mark.usefixtures("run")
+    def test_the_same_bytes(self, tmp_path: Path) -> None:
+        done = reproduce(CHAMPION, tmp_path / "again")
+        assert done.differing == {}
+        assert done.caveats == ()
+        assert set(done.equal) == set(Lineage.find(merged()).outputs)
+        assert hash_files(tmp_path / "again") == hash_files(merged())
+        made, then = Lineage.find(tmp_path / "again"), Lineage.find(merged())
+        assert made == then
+
+    @pytest.mark.usefixtures("mine")
+    def test_fetched_copies_are_not_needed(self, tmp_path: Path) -> None:
+        shutil.rmtree("artifacts/fetch")
+        assert reproduce(CHAMPION, tmp_path / "again").differing == {}
+
+    @pytest.mark.usefixtures("mine")
+    def test_a_source_that_is_not_what_it_was_is_named(self, tmp_path: Path) -> None:
+        kept = shutil.copytree("artifacts/fetch/experts/red", tmp_path / "red")
+        for folder in ("data/experts/red", "artifacts/fetch/experts/red"):
+            spoil(Path(folder, "adapter_model.safetensors"))
+        with pytest.raises(SourceError, match=r"red \(.*\) has other bytes in adapter_model.*DIR"):
+            reproduce(CHAMPION, tmp_path / "again")
+        assert reproduce(CHAMPION, tmp_path / "again", [f"red={kept}"]).differing == {}
+
+    @pytest.mark.usefixtures("mine")
+    def test_what_differs_is_said_tensor_by_tensor(self, tmp_path: Path) -> None:
+        folder = tmp_path / "other"
+        shutil.copytree(merged(), folder)
+        tensors = load_file(folder / WEIGHTS)
+        name = min(tensors)
+        tensors[name] = tensors[name] + 0.5
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        record = Lineage.find(folder)
+        code = {"poemerge": "0.0.1", "sha256": "f" * 64}
+        replace(record, code=code, packages=record.packages | {"torch": "1.0"}).write(folder)
+        done = reproduce(str(folder), tmp_path / "again")
+        assert done.differing == {WEIGHTS: f"differs in {name} (by up to 5.0e-01)"}
+        assert [caveat.split(":")[0] for caveat in done.caveats] == [
+            *("code poemerge", "code sha256", "packages torch")
+        ]
+
+    @pytest.mark.usefixtures("run")
+    def test_only_merges_are_merged_again(self, tmp_path: Path) -> None:
+        with pytest.raises(SettingError, match="is of fetch; give a merged model"):
+            reproduce("artifacts/fetch/base", tmp_path / "again")
+        assert not list(tmp_path.iterdir())
