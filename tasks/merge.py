@@ -2,12 +2,13 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from poemerge.lineage import Lineage
+from poemerge.lineage import Lineage, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,15 @@ def merge_key(
         **choices: device, dtype, seed and memory.
     """
     return _record(base, experts, method, settings, **choices).key
+
+
+def curvature_hashes(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`curvature of NAME` → sha256 of that expert's file, where settings name any."""
+    files = {name: Path(file) for name, file in (settings.get("curvature") or {}).items()}
+    return {
+        f"curvature of {name}": sha256(file) if file.is_file() else ""  # merge will refuse it
+        for name, file in files.items()
+    }
 
 
 def _record(
