@@ -10,10 +10,13 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from flows import changes, versioning
+from flows import artifacts, changes, versioning
+from flows.limits import at_most
 from flows.params import load, read
 from flows.places import PLAIN, Places
+from flows.queue import turn
 from flows.steps import STAGES, Step, steps
+from tasks.progress import watched_by, watching
 
 PER_STEP = ("merge",)  # one DVC stage for each step
 UP_TO_DATE = "UpToDate"  # name of the Prefect state of a run that had nothing to do
@@ -37,7 +40,7 @@ def pipeline(
         See `Places.outcome`; in a state named UpToDate where there was nothing to do.
 
     Raises:
-        PoemergeError: something was refused.
+        PoemergeError: something was refused, or took longer than it may.
     """
     path = Path(params)
     tree = read(path)
@@ -50,9 +53,14 @@ def pipeline(
         nothing = places.outcome([])
         # For whom calls the flow, Prefect takes the data out of the state.
         return Completed(name=UP_TO_DATE, message=str(standing), data=nothing)  # type: ignore[return-value]
-    made = _run(places, tree, tuple(overrides))
-    changes.conclude(places)
-    return places.outcome(made)
+    artifacts.show_moved(standing)
+    limit = places.params.schedule.timeout if places.params.schedule else None
+    with at_most(limit), turn(places.params.devices), watched_by(*watching(), artifacts.Steps()):
+        made = _run(places, tree, tuple(overrides))
+        changes.conclude(places)
+    outcome = places.outcome(made)
+    artifacts.show_outcome(outcome)
+    return outcome
 
 
 def _run(places: Places, tree: Mapping[str, Any], overrides: tuple[str, ...]) -> list[str]:

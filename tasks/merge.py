@@ -1,7 +1,5 @@
 """The merge stage: one candidate, from base and experts to a complete model folder."""
 
-import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,7 @@ from typing import Any
 from prefect import task
 
 from poemerge.lineage import Lineage, sha256
-
-logger = logging.getLogger(__name__)
-
-NEWS_EVERY = 5.0  # seconds between two lines of progress
+from tasks.progress import progress
 
 
 @task
@@ -56,7 +51,7 @@ def merge(
         out,
         method,
         overwrite=True,
-        progress=_News(Path(out).name),
+        progress=progress(f"merge {Path(out).name}", "tensors"),
         **choices,
         **settings,
     )
@@ -95,15 +90,3 @@ def _record(
     folders = {name: Path(folder) for name, folder in experts.items()}
     whole = {"output": "full", "rank": None}
     return merge_lineage(Path(base), folders, method, settings, whole | choices)
-
-
-class _News:
-    """Log how far a merge is, every few seconds."""
-
-    def __init__(self, label: str) -> None:
-        self._label, self._last = label, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= NEWS_EVERY:
-            self._last = time.monotonic()
-            logger.info("%s: %d of %d tensors", self._label, done, total)

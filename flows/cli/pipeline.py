@@ -22,6 +22,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> N
     else what is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
     unless --save is given.
     """
+    from flows.bars import bars
     from flows.changes import look
     from flows.console import show_outcome, start_logging
     from flows.overrides import save_overrides
@@ -40,7 +41,9 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> N
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
 
-    show_outcome(pipeline(str(params), list(overrides), force=force))
+    with bars():
+        outcome = pipeline(str(params), list(overrides), force=force)
+    show_outcome(outcome)
 
 
 @click.command()

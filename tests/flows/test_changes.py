@@ -18,17 +18,9 @@ from flows.steps import STAGES, steps
 from poemerge.lineage import digest, sha256
 from tasks.tracking import connected
 from tasks.versions import KEY, SOURCES, numbered
-from tests.flows.conftest import make_project
+from tests.flows.conftest import keep_two_candidates, make_project
 
-FEW = ("task_arithmetic", "gaussian_poe", "cauchy_poe", "dare_ties")  # are left out here
 MODEL = "adapter_model.safetensors"
-
-
-def few(text: str) -> str:
-    """The parameters, with two candidates."""
-    return "".join(
-        line for line in text.splitlines(keepends=True) if line.split(":")[0].strip() not in FEW
-    )
 
 
 def places(*overrides: str) -> Places:
@@ -47,8 +39,7 @@ def run(*overrides: str) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, zoo) -> Iterator[Path]:  # noqa: ANN001
     folder = make_project(tmp_path_factory.mktemp("changes") / "project", zoo)
-    params = folder / "params.yaml"
-    params.write_text(few(params.read_text()))
+    keep_two_candidates(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert look(places()) == changes.Standing()
@@ -185,7 +176,7 @@ def test_bytes_that_were_copied_into_mlflow(done: Path) -> None:
 
 def test_another_run_in_between(done: Path) -> None:
     """What counts is what was run last, whichever version is the newer one."""
-    override = "merge.methods={task_arithmetic: {strength: 0.25}}"
+    override = "merge.strength=0.5"
     run(override)
     standing = look(places(override))
     assert standing.is_current
