@@ -175,7 +175,7 @@ def test_a_server_that_is_away_stops_nothing(
             steps("merge ties", "tensors", done, 4)
     said = [record.message for record in caplog.records if record.name == "flows.artifacts"]
     assert len(said) == 2
-    assert all("connection" in line for line in said)
+    assert all("Connection refused" in line for line in said)
 
 
 def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
@@ -349,8 +349,7 @@ def test_what_was_stopped_is_gone_on_with(project: Path) -> None:
 
     for folder in ("artifacts", ".dvc/cache"):
         shutil.rmtree(project / folder)
-    for file in ("dvc.lock", "mlflow.db"):
-        (project / file).unlink()
+    (project / "dvc.lock").unlink()
     assert len(pipeline()["made"]) == 13
     assert (project / "dvc.lock").read_bytes() == lock
 
