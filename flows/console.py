@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 FILE_WIDTH = 160  # columns, where no terminal says how wide it is
 console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+errors = Console(stderr=True)  # one for lines and bars, or they would write over each other
 OURS = ("poemerge", "tasks", "flows")
 
 
 def start_logging() -> None:
     """Show our own log lines, warnings in colour; leave other libraries to their own settings."""
     handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_level=False, omit_repeated_times=False
+        console=errors, show_path=False, show_level=False, omit_repeated_times=False
     )
     for name in OURS:
         logger = logging.getLogger(name)
@@ -43,7 +44,7 @@ def start_logging() -> None:
 def tensor_progress(doing: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over tensors, on stderr."""
     columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=errors) as bar:
         task = bar.add_task(doing, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -151,6 +151,12 @@ class Params(Section):
         """The plain values of the stages, as the YAML has them."""
         return self.model_dump(by_alias=True, exclude=set(AROUND))
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where a run computes, as the YAML names it."""
+        scoring = (self.evaluate.device, self.report.device)
+        return (self.merge.device, *scoring) if self.evaluate.tasks else (self.merge.device,)
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     """Read and check a parameter file.

@@ -1,54 +1,80 @@
 """The whole chain as one Prefect flow: order, and nothing else."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.futures import wait
+from prefect.states import Completed
 from prefect.tasks import Task
 
-from flows import versioning
+from flows import artifacts, changes, versioning
+from flows.limits import at_most
 from flows.params import load, read
 from flows.places import PLAIN, Places
+from flows.queue import turn
 from flows.steps import STAGES, Step, steps
+from tasks.progress import watched_by, watching
 
 PER_STEP = ("merge",)  # one DVC stage for each step
+UP_TO_DATE = "UpToDate"  # name of the Prefect state of a run that had nothing to do
 
 logger = logging.getLogger(__name__)
 
 
 @flow(name="poemerge", persist_result=True, result_serializer="json")
-def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Fetch, compare, merge, evaluate and register what `params` says.
+def pipeline(
+    params: str = "params.yaml", overrides: Sequence[str] = (), *, force: bool = False
+) -> dict[str, Any]:
+    """Fetch, compare, merge, evaluate and register what `params` says, if anything moved.
 
     Args:
         params: path of the parameter file; what differs from params.yaml, which DVC reads, gets a
             place of its own, and dvc.lock stays as it is.
         overrides: `a.b=c` settings for this run alone; likewise.
+        force: look at every stage, though nothing moved since the last complete run.
 
     Returns:
-        See `Places.outcome`.
+        See `Places.outcome`; in a state named UpToDate where there was nothing to do.
 
     Raises:
-        PoemergeError: something was refused.
+        PoemergeError: something was refused, or took longer than it may.
     """
     path = Path(params)
     tree = read(path)
     places = Places(load(path, overrides), load(PLAIN))
     if places.is_plain:
         versioning.check()
+    standing = changes.look(places)
+    logger.info("%s", standing)
+    if standing.is_current and not force:
+        nothing = places.outcome([])
+        # For whom calls the flow, Prefect takes the data out of the state.
+        return Completed(name=UP_TO_DATE, message=str(standing), data=nothing)  # type: ignore[return-value]
+    artifacts.show_moved(standing)
+    limit = places.params.schedule.timeout if places.params.schedule else None
+    with at_most(limit), turn(places.params.devices), watched_by(*watching(), artifacts.Steps()):
+        made = _run(places, tree, tuple(overrides))
+        changes.conclude(places)
+    outcome = places.outcome(made)
+    artifacts.show_outcome(outcome)
+    return outcome
+
+
+def _run(places: Places, tree: Mapping[str, Any], overrides: tuple[str, ...]) -> list[str]:
+    """Stage after stage; names of the steps that had something to do."""
     made = []
     for stage in STAGES:
-        todo = list(steps(stage, places, tuple(overrides)))
+        todo = list(steps(stage, places, overrides))
         if not todo:
             logger.info("%s: left out, for evaluate.tasks is empty", stage)
             continue
         made += [step.name for step in run_stage(stage, todo)]
         if places.is_plain:
             versioning.commit(_dvc_names(stage, todo), tree)
-    return places.outcome(made)
+    return made
 
 
 def run_stage(stage: str, todo: list[Step]) -> list[Step]:

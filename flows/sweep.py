@@ -16,6 +16,7 @@ from flows.meter import Pace
 from flows.params import Params, SweepParams, load
 from flows.pipeline import run_stage
 from flows.places import PLAIN, Places
+from flows.queue import turn
 from flows.steps import steps
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
@@ -55,11 +56,12 @@ def sweep(
     """
     places = Places(load(Path(params), overrides), load(PLAIN))
     section = _section(places.params, params, labels)
-    run_stage("fetch", list(steps("fetch", places)))
-    with _open(places, section, tuple(labels or section.space)) as contest:
-        for label in contest.asked:
-            _search(label, contest)
-        return _report(contest)
+    with turn(places.params.devices):
+        run_stage("fetch", list(steps("fetch", places)))
+        with _open(places, section, tuple(labels or section.space)) as contest:
+            for label in contest.asked:
+                _search(label, contest)
+            return _report(contest)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,13 @@
 """The merge stage: one candidate, from base and experts to a complete model folder."""
 
-import logging
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from poemerge.lineage import Lineage
-
-logger = logging.getLogger(__name__)
-
-NEWS_EVERY = 5.0  # seconds between two lines of progress
+from poemerge.lineage import Lineage, sha256
+from tasks.progress import progress
 
 
 @task
@@ -55,7 +51,7 @@ def merge(
         out,
         method,
         overwrite=True,
-        progress=_News(Path(out).name),
+        progress=progress(f"merge {Path(out).name}", "tensors"),
         **choices,
         **settings,
     )
@@ -77,6 +73,15 @@ def merge_key(
     return _record(base, experts, method, settings, **choices).key
 
 
+def curvature_hashes(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`curvature of NAME` → sha256 of that expert's file, where settings name any."""
+    files = {name: Path(file) for name, file in (settings.get("curvature") or {}).items()}
+    return {
+        f"curvature of {name}": sha256(file) if file.is_file() else ""  # merge will refuse it
+        for name, file in files.items()
+    }
+
+
 def _record(
     base: str, experts: dict[str, str], method: str, settings: dict[str, Any], **choices: Any
 ) -> Lineage:
@@ -85,15 +90,3 @@ def _record(
     folders = {name: Path(folder) for name, folder in experts.items()}
     whole = {"output": "full", "rank": None}
     return merge_lineage(Path(base), folders, method, settings, whole | choices)
-
-
-class _News:
-    """Log how far a merge is, every few seconds."""
-
-    def __init__(self, label: str) -> None:
-        self._label, self._last = label, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= NEWS_EVERY:
-            self._last = time.monotonic()
-            logger.info("%s: %d of %d tensors", self._label, done, total)

@@ -50,6 +50,7 @@ os.environ |= {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "OMP_NUM_THREADS": "1",  # tiny tensors: threads would only wait for one another
     "MPLCONFIGDIR": str(_HOME / "matplotlib"),
+    "POEMERGE_QUEUE": str(_HOME / "queue"),
     "PREFECT_HOME": str(_HOME / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "false",

@@ -3,12 +3,15 @@
 import atexit
 import gc
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from flows.cli import models, pipeline, records
+from flows.cli import models, pipeline, queue, records
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -36,13 +39,24 @@ def calm_down() -> None:
         os.environ.setdefault(name, value)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: in order, and so that it can be gone on with."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Sentences(click.Group):
     """A group whose commands end refusals with one sentence and exit code 1."""
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(context)
+            with _terminable():
+                return super().invoke(context)
         except PoemergeError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(REFUSED)
@@ -70,5 +84,6 @@ for _command in (
     records.verify,
     records.reproduce,
     records.sign,
+    queue.queue,
 ):
     main.add_command(_command)

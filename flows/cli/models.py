@@ -74,6 +74,7 @@ def merge(
     method: str,
     overrides: Sequence[str],
     out: Path,
+    device: str,
     memory: float | None,
     **choices: Any,
 ) -> None:
@@ -84,14 +85,15 @@ def merge(
     """
     from flows.console import show_report, start_logging, tensor_progress
     from flows.overrides import in_bytes, parse_settings
+    from flows.queue import turn
 
     start_logging()
     settings = parse_settings(overrides)
     folders = resolve(base, experts)
     from poemerge.merge import merge_checkpoints  # imports torch, while the inputs are hashed
 
-    choices |= {"memory": in_bytes(memory)}
-    with tensor_progress("merging") as progress:
+    choices |= {"device": device, "memory": in_bytes(memory)}
+    with turn([device]), tensor_progress("merging") as progress:
         report = merge_checkpoints(
             folders.pop("base"), folders, out, method, progress=progress, **choices, **settings
         )

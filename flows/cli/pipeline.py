@@ -14,25 +14,36 @@ from flows.cli.options import device_option, params_option, resolve, set_option
 @params_option
 @set_option
 @click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
-def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
+@click.option("--force", is_flag=True, help="Look at every stage, though nothing moved.")
+def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> None:
     """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register, report.
 
-    What is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
+    Where sources, parameters, code and data are those of the last complete run, it ends at once;
+    else what is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
     unless --save is given.
     """
+    from flows.bars import bars
+    from flows.changes import look
     from flows.console import show_outcome, start_logging
     from flows.overrides import save_overrides
     from flows.params import load
+    from flows.places import PLAIN, Places
 
     load(params, overrides)
     if save:
         save_overrides(params, overrides)
         overrides = ()
     start_logging()
+    standing = look(Places(load(params, overrides), load(PLAIN)))
+    if standing.is_current and not force:
+        click.echo(str(standing))
+        return
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
 
-    show_outcome(pipeline(str(params), list(overrides)))
+    with bars():
+        outcome = pipeline(str(params), list(overrides), force=force)
+    show_outcome(outcome)
 
 
 @click.command()

@@ -162,6 +162,22 @@ def present(reference: Reference) -> dict[str, Blob]:
         return {n: b for n, b in _named(repo, reference).items() if b.path.is_file()}
 
 
+def exists(reference: Reference) -> bool:
+    """True if the cache has all of it, or the DVC remote its list of files, which is pushed last.
+
+    Raises:
+        SettingError: there is no DVC repository.
+    """
+    with repository() as repo:
+        if _cached(repo, reference) is not None:
+            return True
+        try:
+            remote = repo.cloud.get_remote_odb(command="status")
+            return bool(remote.exists(reference.oid))
+        except (DvcException, OSError):  # no remote, or none that answers
+            return False
+
+
 def _cached(repo: Any, reference: Reference) -> dict[str, Blob] | None:
     files = _named(repo, reference)
     return files if files and all(blob.path.is_file() for blob in files.values()) else None

@@ -122,6 +122,11 @@ def scoring_key(
     return _record({"base": base}, found, splits=list(splits), **how).key
 
 
+def task_digests(tasks: Sequence[str], include: Path | str) -> dict[str, str]:
+    """Task → digest of all files that decide its items; of built-in ones lm-eval's version does."""
+    return {task.name: _task(task).digest for task in find_tasks(tasks, Path(include))}
+
+
 def _record(models: Mapping[str, Path], tasks: Sequence[TaskFiles], **params: Any) -> Lineage:
     tools = {tool: metadata.version(tool) for tool in TOOLS[:2]}
     inputs = (*(_model(role, folder) for role, folder in models.items()), *map(_task, tasks))

@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from poemerge.adapter import is_adapter
 from poemerge.merge import expert_weights
+from poemerge.progress import Progress
 from tasks.evaluate.lm_tasks import Score, load_task
 from tasks.evaluate.scorer import load_scorer
 from tasks.evaluate.task_files import TaskFiles
+from tasks.progress import progress
 
 logger = logging.getLogger(__name__)
 for _module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
@@ -63,8 +65,12 @@ class Harness:
             where = str(weights or self.base)
             scorer.fill(partial(self._weights, kind, weights), f"{kind} {content}", where)
             scores: dict[str, dict[str, Score]] = {name: {} for name in loaded}
-            for name, split, dataset_split in wanted:
+            sizes = [loaded[name].items(split, self.limit) for name, _, split in wanted]
+            counted = _Counted(progress(f"evaluate {candidate}", "items"), sum(sizes))
+            for (name, split, dataset_split), size in zip(wanted, sizes, strict=True):
+                scorer.progress = counted.part(size)
                 found = loaded[name].score(scorer, dataset_split, self.limit, self.seed)
+                scorer.progress(1, 1)  # of requests of another kind, nothing was told
                 scores[name][split] = found
                 items = len(found.outcomes)
                 logger.info(
@@ -76,6 +82,18 @@ class Harness:
         if weights is not None and kind == "merge" and not is_adapter(weights):
             return expert_weights(weights, None)  # to the bit what is stored
         return expert_weights(self.base, weights)
+
+
+class _Counted:
+    """Items of all tasks and splits together, out of how far each of them is."""
+
+    def __init__(self, tell: Progress, total: int) -> None:
+        self._tell, self._total, self._before = tell, total, 0
+
+    def part(self, size: int) -> Progress:
+        """What the next `size` items are told by; those before are done."""
+        start, self._before = self._before, self._before + size
+        return lambda done, total: self._tell(start + size * done // total, self._total)
 
 
 @contextmanager

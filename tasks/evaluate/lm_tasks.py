@@ -83,6 +83,11 @@ class LoadedTask:
             )
         return chosen
 
+    def items(self, split: str, limit: int | None) -> int:
+        """How many items of a split of the data are run."""
+        size = len(self.task.dataset[split])
+        return size if limit is None else min(limit, size)
+
     def score(self, scorer: Scorer, split: str, limit: int | None, seed: int) -> Score:
         """Run the first `limit` items of a split of the data.
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from poemerge.device import STORED, pick_device
 from poemerge.errors import CheckpointError, SettingError
+from poemerge.progress import Progress, silent
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -38,6 +39,7 @@ class Scorer(HFLM):  # type: ignore[misc]
         )
         self._last = 0  # positions to keep, of the longest request; 0 for all
         self._holds = ""  # whose weights are in the model
+        self.progress: Progress = silent  # told of requests, as far as they are of one kind
 
     def fill(
         self, weights: Callable[[], Iterable[tuple[str, Tensor]]], who: str, where: str
@@ -76,6 +78,7 @@ class Scorer(HFLM):  # type: ignore[misc]
             found = super()._loglikelihood_tokens(batch, disable_tqdm=True)
             for index, answer in zip(indices, found, strict=True):
                 answers[index] = answer
+            self.progress(start + size, max(start + size, len(order)))
         return answers
 
     def _positions(self, batch: list[Request]) -> int:

@@ -15,7 +15,7 @@ from poemerge.lineage import Lineage, Source, digest, hash_files, package_versio
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
 from tasks.fetch.sources import open_source
 
-__all__ = ["OfflineError", "UnreachableError", "fetch", "resolve_local"]
+__all__ = ["OfflineError", "UnreachableError", "fetch", "fetched", "resolve", "resolve_local"]
 
 STAGE = "fetch"
 DTYPE = "bfloat16"
@@ -64,6 +64,43 @@ def fetch(
         return False
     _check(source, origin, out, sha256)
     return produce(out, _record(name, source, origin), origin.write)
+
+
+def resolve(source: str, dtype: str = DTYPE, copy: Path | None = None) -> str:
+    """The immutable revision that a source means now; nothing is downloaded or written.
+
+    Args:
+        source: as for `fetch`.
+        dtype: as for `fetch`.
+        copy: the folder that was fetched from it before, if it was. Where the network fails, its
+            revision is taken, as `fetch` would keep it.
+
+    Returns:
+        A commit, a version, or a hash of the content.
+
+    Raises:
+        SourceError: the source is missing or refused.
+        UnreachableError: the network failed, and `copy` is no intact copy of the same source.
+    """
+    try:
+        return open_source(source, dtype).revision
+    except UnreachableError as error:
+        if copy is None or not _is_intact_copy(copy, source, None):
+            raise
+        logger.warning("%s is taken as current, though nobody could say so: %s", copy, error)
+        return fetched(copy)
+
+
+def fetched(out: Path) -> str:
+    """The revision of its source that the folder `out` was made from.
+
+    Raises:
+        SourceError: `fetch` did not make it.
+    """
+    record = Lineage.find(out)
+    if record is None or record.stage != STAGE:
+        raise SourceError(f"{out} was not made by fetch; run fetch again.")
+    return record.revision
 
 
 def resolve_local(source: str, cache: Path, *, dtype: str = DTYPE) -> Path:

@@ -48,7 +48,7 @@ def report(
     seed: int,
     device: str,
 ) -> bool:
-    """Write the page of a run, log it to the MLflow run of its leaderboard, link it from Prefect.
+    """Write the page of a run, and log it to the MLflow run of its leaderboard.
 
     Args:
         base: checkpoint folder.
@@ -79,11 +79,9 @@ def report(
         Path(register),
     )
     made = write_report(sources, Path(out), detail=detail, side=side, seed=seed, device=device)
-    from tasks.report.logged import link, log  # noqa: PLC0415  MLflow: 1 s
+    from tasks.report.logged import log  # noqa: PLC0415  MLflow: 1 s
 
-    logged = log(Path(out), Path(register), experiment)
-    link(Path(out) / PAGE)
-    return made or logged
+    return log(Path(out), Path(register), experiment) or made
 
 
 def write_report(

@@ -1,11 +1,8 @@
-"""Where a report is found from elsewhere: beside its leaderboard in MLflow, and from Prefect."""
+"""Where a report is found from elsewhere: beside its leaderboard in MLflow."""
 
 import logging
 import os
 from pathlib import Path
-
-from prefect.artifacts import create_link_artifact
-from prefect.context import TaskRunContext
 
 from poemerge.lineage import RECORD, digest, hash_files
 from tasks.report.sources import BOARD, read
@@ -47,11 +44,3 @@ def log(out: Path, register: Path, experiment: str) -> bool:
             client.log_artifact(run.info.run_id, os.fspath(file), FOLDER)
         client.set_tag(run.info.run_id, REPORT, content)
     return True
-
-
-def link(page: Path) -> None:
-    """Point to the page from the Prefect run that this is part of, if it is part of one."""
-    if TaskRunContext.get() is not None:
-        create_link_artifact(
-            page.resolve().as_uri(), "the page", key="report", description="Report of the run"
-        )

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = ("poemerge", "tasks", "flows", "dvc.yaml", ".dvcignore", ".gitignore")
 TASKS = ("red", "blue")
+MANY = ("task_arithmetic", "dare_ties", "gaussian_poe", "cauchy_poe")  # candidates beyond two
 
 PARAMS = """\
 fetch:
@@ -99,6 +100,13 @@ def _write_task(folder: Path, name: str) -> None:
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / name / f"{split}.jsonl").write_text(text)
+
+
+def keep_two_candidates(folder: Path) -> None:
+    """Leave average and ties, where more would only take their time."""
+    path = folder / "params.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if line.split(":")[0].strip() not in MANY))
 
 
 def hash_bit(*parts: object) -> int:

@@ -2,28 +2,51 @@
 
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    temporary_settings,
+)
 from prefect.testing.utilities import prefect_test_harness
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows import artifacts
 from flows.console import console, show_outcome
+from flows.limits import OvertimeError
 from flows.pipeline import pipeline
 from poemerge.errors import CheckpointError, PoemergeError
 from poemerge.lineage import Lineage, hash_files
 from tasks.register.leaderboard import Leaderboard
-from tests.flows.conftest import TASKS, make_project
+from tests.flows.conftest import TASKS, keep_two_candidates, make_project
 
+# A task may run code. This one holds the second merge on blue, if it is told to.
+GATE = """
+import time
+from pathlib import Path
+
+def text(doc):
+    if Path("hold").exists() and Path("artifacts/evaluate/merges/average").exists():
+        Path("held").touch()
+        time.sleep(600)
+    return doc["text"]
+"""
 METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe")
 
 
@@ -109,19 +132,59 @@ def test_mlflow_holds_the_best(finished: tuple[Path, dict], monkeypatch) -> None
     assert hash_files(copy) == hash_files(Path(outcome["merges"][entry["candidate"]]))
 
 
+def shown(key: str, within: str = "") -> list[Any]:
+    """What Prefect keeps of the artifacts of that key, with some text in them."""
+    by_key = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+    with get_client(sync_client=True) as client:  # Artifact.get leaves its socket open
+        found = client.read_artifacts(artifact_filter=by_key)
+    return [artifact.data for artifact in found if within in str(artifact.data)]
+
+
 def test_prefect_links_the_page(finished: tuple[Path, dict]) -> None:
     folder, outcome = finished
     page = (folder / outcome["report"] / "index.html").resolve()
     assert page.is_file()
-    key = ArtifactFilter(key=ArtifactFilterKey(any_=["report"]))
-    with get_client(sync_client=True) as client:  # Artifact.get leaves its socket open
-        links = client.read_artifacts(artifact_filter=key)
-    assert f"[the page]({page.as_uri()})" in {link.data for link in links}
+    assert f"[the page]({page.as_uri()})" in shown("report")
+
+
+def test_prefect_shows_how_far_it_is_and_who_is_best(finished: tuple[Path, dict]) -> None:
+    folder, outcome = finished
+    for method in METHODS:
+        assert 100 in shown(f"merge-{method.replace('_', '-')}")
+        assert 100 in shown(f"evaluate-{method.replace('_', '-')}")
+    assert "no complete run has registered anything yet" in shown("moved")
+    board = json.loads((folder / outcome["register"] / "leaderboard.json").read_text())
+    rows = [json.loads(table) for table in shown("leaderboard")][-1]
+    assert [row["candidate"] for row in rows] == [row["label"] for row in board["rows"]]
+    best = next(row for row in board["rows"] if row["label"] == board["best"])
+    told = next(row for row in rows if row["candidate"] == board["best"])
+    assert told["red"] == pytest.approx(best["scores"]["red"]["test"]["score"], abs=1e-4)
+    assert told["validation"] == pytest.approx(best["mean"]["validation"], abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")
+def test_a_server_that_is_away_stops_nothing(
+    finished: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, outcome = finished
+    monkeypatch.chdir(folder)
+    steps = artifacts.Steps()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        artifacts.show_outcome(outcome)
+        for done in range(4):
+            steps("merge ties", "tensors", done, 4)
+    said = [record.message for record in caplog.records if record.name == "flows.artifacts"]
+    assert len(said) == 2
+    assert all("Connection refused" in line for line in said)
 
 
 def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
     lock = (done / "dvc.lock").read_bytes()
+    state = pipeline(return_state=True)
+    assert state.name == "UpToDate"
+    assert "tiny version 1 (challenger, champion)" in state.message
     assert pipeline()["made"] == []
+    assert pipeline(force=True)["made"] == []
     assert (done / "dvc.lock").read_bytes() == lock
     assert "up to date" in dvc("status")
     assert "Data and pipelines are up to date" in dvc("repro")
@@ -142,6 +205,7 @@ def test_one_number_changes_one_merge(done: Path) -> None:
     params = done / "params.yaml"
     params.write_text(params.read_text().replace("keep: 0.5", "keep: 0.25"))
     assert pipeline()["made"] == ["merge ties", "evaluate ties", "register", "report"]
+    assert shown("moved", "| merge.methods.ties.keep | 0.5 | 0.25 |")
     assert "up to date" in dvc("status")
 
 
@@ -183,7 +247,7 @@ def test_a_tampered_output_is_made_again(done: Path) -> None:
     good = weights.read_bytes()
     weights.unlink()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert pipeline()["made"] == ["merge ties"]
+    assert pipeline(force=True)["made"] == ["merge ties"]
     assert weights.read_bytes() == good
 
 
@@ -227,6 +291,67 @@ def test_the_command_runs_with_nothing_started(project: Path) -> None:
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: params.yaml")
     assert "Traceback" not in refused.stderr
+
+
+def stop(folder: Path, blow: signal.Signals, seen: bytes) -> tuple[int, str]:
+    """Run the command on a terminal, and stop it where the gate holds it and so much is seen."""
+    environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+    environment |= {"TERM": "xterm", "COLUMNS": "160"}
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run"],
+        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    said, deadline = bytearray(), time.monotonic() + 300
+
+    def read() -> None:
+        with os.fdopen(ours, "rb", buffering=0) as screen, suppress(OSError):  # its end
+            while chunk := screen.read(4096):
+                said.extend(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while not ((folder / "held").exists() and seen in said):
+        assert process.poll() is None, said.decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(blow)
+    (folder / "held").unlink()
+    code = process.wait(300)
+    reader.join()
+    return code, said.decode()
+
+
+def test_what_was_stopped_is_gone_on_with(project: Path) -> None:
+    """By Ctrl-C, by SIGTERM and by its own limit, while the second of two is evaluated."""
+    keep_two_candidates(project)
+    (project / "data/tasks/gate.py").write_text(GATE)
+    blue = project / "data/tasks/blue.yaml"
+    blue.write_text(blue.read_text().replace('"{{text}}"', "!function gate.text"))
+    (project / "hold").touch()
+    for blow, seen in ((signal.SIGINT, b"12/24"), (signal.SIGTERM, b"")):  # items, on a bar
+        code, said = stop(project, blow, seen)
+        assert code == 3
+        assert said.rstrip().endswith("interrupted: run the same command again to go on.")
+        assert not list(project.rglob("*.partial"))
+    params = (project / "params.yaml").read_text()
+    limited = params + "schedule: {cron: 0 3 * * *, timezone: UTC, timeout: 3}\n"
+    (project / "params.yaml").write_text(limited)
+    state = pipeline(return_state=True)
+    assert state.name == "TimedOut"
+    with pytest.raises(OvertimeError, match=r"stopped after schedule.timeout \(3 s\); run again"):
+        state.result()
+    (project / "hold").unlink()
+    (project / "params.yaml").write_text(params)
+    assert pipeline()["made"] == ["evaluate ties", "register", "report"]
+    lock = (project / "dvc.lock").read_bytes()
+
+    for folder in ("artifacts", ".dvc/cache"):
+        shutil.rmtree(project / folder)
+    (project / "dvc.lock").unlink()
+    assert len(pipeline()["made"]) == 13
+    assert (project / "dvc.lock").read_bytes() == lock
 
 
 def test_bad_weights_end_in_one_sentence(project: Path) -> None:

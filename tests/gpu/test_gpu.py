@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from poemerge.device import device_id
 from poemerge.merge import merge_checkpoints
 from poemerge.method import METHODS, Call
 from poemerge.methods import find
@@ -161,3 +162,11 @@ def test_a_card_that_is_really_full(tmp_path: Path) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert free > hold
     assert len(report.tensors) == 4
+
+
+def test_a_card_has_one_name_whatever_it_is_called() -> None:
+    first = device_id(torch.device("cuda", 0))
+    assert device_id(CUDA) == first
+    assert first.startswith("cuda-")
+    names = {device_id(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    assert len(names) == torch.cuda.device_count()

@@ -21,6 +21,7 @@ from poemerge.lineage import Lineage
 from poemerge.merge import expert_weights
 from tasks.evaluate import evaluate, lm_tasks
 from tasks.evaluate.scorer import load_scorer, put_weights
+from tasks.progress import watched_by
 from tests.zoo import Zoo, adapt, load, save
 
 Run = Callable[..., tuple[bool, dict[str, Any], dict[str, Any]]]
@@ -130,6 +131,17 @@ def test_scores_are_those_of_transformers(
         assert cell["stderr"] == pytest.approx((mean * (1 - mean) / (count - 1)) ** 0.5, abs=1e-6)
         assert (cell["metric"], cell["items"]) == ("acc", count)
     assert results["candidate"] == results["kind"] == "base"
+
+
+def test_tells_how_far_it_is(score: Run) -> None:
+    """Six items of each split, in batches of four whose answers share a forward pass."""
+    told: list[tuple[str, str, int, int]] = []
+    with watched_by(lambda *news: told.append(news)):
+        score(splits=["validation", "test"], limit=6)
+    assert {(step, unit, total) for step, unit, _, total in told} == {
+        ("evaluate base", "items", 12)
+    }
+    assert [done for _, _, done, _ in told] == [4, 6, 6, 10, 12, 12]
 
 
 def test_generated_answers_are_those_of_transformers(score: Run, include: Path, zoo: Zoo) -> None:

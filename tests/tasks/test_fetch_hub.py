@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, hash_files
-from tasks.fetch import OfflineError, UnreachableError, fetch
+from tasks.fetch import OfflineError, UnreachableError, fetch, fetched, resolve
 
 SOURCE = "hf://org/model"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -238,6 +238,35 @@ def test_a_moved_branch_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
     assert run(tmp_path / "out") is True
     assert record_of(tmp_path / "out").revision == SECOND
     assert (tmp_path / "out/config.json").read_bytes() == b'{"model_type": "gpt2"}'
+
+
+def test_a_branch_resolves_to_its_commit_and_nothing_is_written(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(SOURCE) == FIRST
+    hub.commits[SECOND], hub.branches["main"] = MODEL, SECOND
+    assert resolve(SOURCE) == SECOND
+    assert resolve(f"{SOURCE}@{FIRST}") == FIRST
+    assert hub.downloads == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_answer_the_intact_copy_says_the_revision(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "out"
+    run(copy)
+    hub.commits[SECOND], hub.branches["main"] = MODEL, SECOND
+    assert resolve(SOURCE, copy=copy) == SECOND
+    hub.faults += [503] * 20
+    assert resolve(SOURCE, copy=copy) == fetched(copy) == FIRST
+    assert "nobody could say so" in caplog.text
+    with pytest.raises(UnreachableError):
+        resolve(SOURCE)
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(UnreachableError):
+        resolve(SOURCE, copy=copy)
 
 
 def test_a_pinned_commit_stays_where_it_is(hub: Hub, tmp_path: Path) -> None:

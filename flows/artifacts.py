@@ -1,0 +1,97 @@
+"""What Prefect shows of a run: what moved, how far it is, the leaderboard, the report.
+
+All of it is for people. A server that takes none of it stops no merge.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.changes import Standing
+from tasks.register.leaderboard import Leaderboard, Row
+from tasks.report import PAGE
+
+EVERY = 2.0  # seconds between two updates of a step
+MOVED = "| what | was | is |\n| --- | --- | --- |\n"
+
+logger = logging.getLogger(__name__)
+
+
+def show_moved(standing: Standing) -> None:
+    """Why there is something to do."""
+    rows = "".join(f"| {c.what} | {c.was or 'new'} | {c.now or 'gone'} |\n" for c in standing.moved)
+    with _forgiving():
+        create_markdown_artifact(MOVED + rows if rows else str(standing), key="moved")
+
+
+def show_outcome(outcome: Mapping[str, Any]) -> None:
+    """The leaderboard as a table, and a link to the page of the report, if there are any."""
+    if outcome["register"] is None:
+        return
+    with _forgiving():
+        board = Leaderboard.read(Path(outcome["register"]) / "leaderboard.json")
+        table = [_cells(row, board) for row in board.rows]
+        create_table_artifact(table, key="leaderboard", description=f"Best: {board.best.label}")
+        page = Path(outcome["report"], PAGE).resolve().as_uri()
+        create_link_artifact(page, "the page", key="report", description="Report of the run")
+
+
+class Steps:
+    """Watches steps, and keeps a progress artifact for each of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, UUID] = {}
+        self._next: dict[str, float] = {}  # when to update again, on the clock of time.monotonic
+        self._is_away = False
+
+    def __call__(self, step: str, unit: str, done: int, total: int) -> None:
+        """Pass on how far the step is, now and then and at its end."""
+        if self._is_away or (done < total and time.monotonic() < self._next.get(step, 0.0)):
+            return
+        self._is_away = True  # unless the server takes this one: nobody waits for it twice
+        with _forgiving():
+            self._show(step, 100.0 * done / max(1, total), f"{total} {unit}")
+            self._is_away = False
+        self._next[step] = time.monotonic() + EVERY
+
+    def _show(self, step: str, percent: float, about: str) -> None:
+        if step in self._known:
+            update_progress_artifact(self._known[step], progress=percent)
+        else:
+            made = create_progress_artifact(percent, _key(step), about)
+            self._known[step] = cast("UUID", made)  # no coroutine: nothing here is async
+
+
+@contextmanager
+def _forgiving() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever the server has against it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("Prefect did not take an artifact (%s); the run goes on without it", reason)
+
+
+def _key(step: str) -> str:
+    """`merge tsv_m` as Prefect takes it."""
+    return re.sub("[^a-z0-9]+", "-", step.lower()).strip("-")
+
+
+def _cells(row: Row, board: Leaderboard) -> dict[str, Any]:
+    scores = {task: row.score(task) for task in board.tasks}
+    scores |= {"mean": row.mean.get("test"), "normalised": row.normalised.get("test")}
+    scores["validation"] = row.mean.get("validation")
+    shown = {name: None if score is None else round(score, 4) for name, score in scores.items()}
+    return {"candidate": row.label, "kind": row.kind, **shown}
