@@ -10,8 +10,8 @@ from prefect.futures import wait
 from prefect.tasks import Task
 
 from flows import versioning
-from flows.params import load, read
-from flows.places import PLAIN, Places
+from flows.params import read
+from flows.selection import find_places
 from flows.steps import STAGES, Step, steps
 
 PER_STEP = ("merge",)  # one DVC stage for each step
@@ -36,7 +36,7 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
     """
     path = Path(params)
     tree = read(path)
-    places = Places(load(path, overrides), load(PLAIN))
+    places = find_places(path, overrides)
     if places.is_plain:
         versioning.check()
     made = []

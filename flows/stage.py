@@ -4,8 +4,8 @@ import logging
 import sys
 
 from flows.cli import calm_down
-from flows.params import load
-from flows.places import PLAIN, Places
+from flows.places import PLAIN
+from flows.selection import find_places
 from flows.steps import steps
 from poemerge.errors import PoemergeError
 
@@ -16,8 +16,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     stage, *labels = arguments
     try:
-        params = load(PLAIN)
-        for step in steps(stage, Places(params, params)):
+        for step in steps(stage, find_places(PLAIN)):
             if not labels or step.label in labels:
                 step.run()
     except PoemergeError as error:

@@ -13,9 +13,10 @@ from prefect import flow
 
 from flows.candidates import Bench, Candidate, MergeError
 from flows.meter import Pace
-from flows.params import Params, SweepParams, load
+from flows.params import Params, SweepParams
 from flows.pipeline import run_stage
-from flows.places import PLAIN, Places
+from flows.places import Places
+from flows.selection import find_places
 from flows.steps import steps
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
@@ -53,7 +54,7 @@ def sweep(
     Raises:
         PoemergeError: something was refused.
     """
-    places = Places(load(Path(params), overrides), load(PLAIN))
+    places = find_places(Path(params), overrides)
     section = _section(places.params, params, labels)
     run_stage("fetch", list(steps("fetch", places)))
     with _open(places, section, tuple(labels or section.space)) as contest:

@@ -12,12 +12,20 @@ from prefect.tasks import Task, exponential_backoff
 from poemerge.errors import SourceError
 from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, digest, hash_files, package_versions, produce
+from tasks.fetch.identity import STAGE, Base, identify, trained_on
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
 from tasks.fetch.sources import open_source
 
-__all__ = ["OfflineError", "UnreachableError", "fetch", "resolve_local"]
+__all__ = [
+    "Base",
+    "OfflineError",
+    "UnreachableError",
+    "fetch",
+    "identify",
+    "resolve_local",
+    "trained_on",
+]
 
-STAGE = "fetch"
 DTYPE = "bfloat16"
 
 logger = logging.getLogger(__name__)

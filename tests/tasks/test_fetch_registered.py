@@ -22,17 +22,11 @@ OUTPUT = Path("artifacts/merge")
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git and DVC repository with an output that has room for models, and a database."""
-    root = tmp_path / "project"
-    root.mkdir()
-    monkeypatch.chdir(root)
-    subprocess.run(["git", "init", "-q"], check=True)
-    Repo.init().close()
+def project(registry: Path) -> Path:
+    """A repository with an output that has room for models."""
     Path(".gitignore").write_text("/artifacts/\n/mlflow.db\n/mlruns/\n")
     Path("dvc.yaml").write_text(f"stages: {{merge: {{cmd: 'true', outs: [{OUTPUT}]}}}}\n")
-    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-    return root
+    return registry
 
 
 def model(zoo, seed: int, out: Path = OUTPUT / "ties") -> Path:  # noqa: ANN001
