@@ -39,7 +39,11 @@ class FetchParams(Section):
 
     base: SourceParams
     experts: dict[Label, SourceParams]
-    select: dict[str, str] | None = Field(None, min_length=1)
+    select: dict[str, str] | None = Field(
+        None,
+        min_length=1,
+        description="tag: value; every expert of the library that has them all (docs/library.md)",
+    )
     dtype: Dtype
 
 

@@ -59,8 +59,9 @@ def flat(where: str, names: Collection[str]) -> Mapping[str, str]:
     Raises:
         SourceError: there are no weights among them.
     """
+    room = find_room(names)
     found: dict[str, str] = {}
-    for folder in (TOKENIZER, find_room(names)):
+    for folder in (TOKENIZER, room) if room else ("",):
         found |= {n.removeprefix(folder): n for n in names if n.startswith(folder)}
     return {name: found[name] for name in select(where, found)}
 

@@ -118,7 +118,7 @@ def test_what_a_selection_must_hold(shelf: Path) -> None:
     find_places(path, [f"{weights}.red=0.5"])
     with pytest.raises(SettingError, match="weights names 'rod', did you mean 'red'"):
         find_places(path, [f"{weights}.rod=0.5"])
-    with pytest.raises(SettingError, match="fetch.experts is empty; name some"):
+    with pytest.raises(SettingError, match=r"fetch\.experts is empty; name some"):
         load(path, ["fetch.select=null"])
 
 
