@@ -67,7 +67,8 @@ def _check_names(**names: str) -> None:
     for what, name in names.items():
         if not re.fullmatch(LABEL, name):
             raise SettingError(
-                f"--{what} {name!r} is no name; take letters, digits, _ . and -, a letter first."
+                f"--{what} {name!r} is no name; begin with a letter or digit, and go on with those "
+                "or _ . and -."
             )
 
 
@@ -91,6 +92,9 @@ def _score(name: str, task: str, base: Path, weights: Path, scoring: EvaluatePar
     """On the test split of its own task, as the pipeline scores experts."""
     out = ROOT / "scores" / name
     how = scoring.scoring
-    evaluate.fn(name, "expert", base, weights, out, tasks=[task], splits=[SPLIT], **how)
+    try:
+        evaluate.fn(name, "expert", base, weights, out, tasks=[task], splits=[SPLIT], **how)
+    except SettingError as error:
+        raise SettingError(f"{error} Or leave its score out with --no-score.") from error
     cells = json.loads((out / RESULTS).read_text(encoding="utf-8"))["scores"]
     return float(cells[task][SPLIT]["score"])

@@ -28,7 +28,7 @@ def experts_table(experts: "Sequence[Expert]") -> Table:
     """Names, tags, scores in per cent, and what each was fine-tuned from."""
     table = board_table(
         f"{len(experts)} experts",
-        "score: on its own task, test split, per cent; base: where from, and its weights' digest",
+        "score: on its own task, test split, per cent; base: its name, and digest of its weights",
     )
     for column in ("expert", "task", "tags", "base"):
         table.add_column(column, overflow="fold")
@@ -37,6 +37,6 @@ def experts_table(experts: "Sequence[Expert]") -> Table:
     for expert in experts:
         tags = " ".join(f"{key}={value}" for key, value in expert.tags.items())
         score = "" if expert.score is None else f"{100 * expert.score:.1f}"
-        base = f"{expert.base} {expert.base_digest[:SHORT]}"
+        base = f"{expert.base.rpartition('/')[2]} {expert.base_digest[:SHORT]}"
         table.add_row(expert.uri, expert.task, tags, base, expert.digest[:SHORT], score)
     return table

@@ -52,8 +52,7 @@ def shelf(project: Path) -> Path:
     add("blue")
     change(
         fetch={"experts": {}, "select": {"team": "nlp"}},
-        merge={"methods": {"average": {}}},
-        evaluate={"limit": 2},
+        merge={"methods": {"average": {}, "task_arithmetic": {"strength": 2.0}}},
     )
     return project
 
@@ -116,17 +115,21 @@ def test_what_a_selection_must_hold(shelf: Path) -> None:
         find_places(path, ["fetch.select.team=law"])
     weights = "merge.methods.average.weights"
     find_places(path, [f"{weights}.red=0.5"])
-    with pytest.raises(SettingError, match="weights names 'rod', did you mean 'red'"):
+    with pytest.raises(
+        SettingError, match="weights names 'rod' .did you mean 'red'.*are blue, red"
+    ):
         find_places(path, [f"{weights}.rod=0.5"])
     with pytest.raises(SettingError, match=r"fetch\.experts is empty; name some"):
         load(path, ["fetch.select=null"])
 
 
-def test_a_stage_alone_selects_too(shelf: Path) -> None:
+def test_a_stage_alone_selects_too(shelf: Path, caplog) -> None:  # noqa: ANN001
     assert stage(["fetch", "red"]) == 0
     record = Lineage.find(Path("artifacts/fetch/experts/red"))
     assert record is not None
     assert record.uri == "models:/red/1"
+    assert stage(["task_vectors"]) == 1  # as where DVC skipped fetch, since params.yaml is the same
+    assert "experts/blue is not there; run `poemerge run`" in caplog.text
 
 
 def test_experts_of_another_base_are_refused_by_name(shelf: Path, zoo) -> None:  # noqa: ANN001
