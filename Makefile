@@ -7,7 +7,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo full test lint repro clean
+.PHONY: demo full test lint repro docs clean
 
 demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the test items
 	$(BIN)/poemerge run
@@ -24,6 +24,9 @@ lint: .venv/done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/done ## the site, into site/; look at it with `python -m http.server --directory site`
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 repro: .venv/base ## the stages through DVC alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
@@ -38,4 +41,4 @@ repro: .venv/base ## the stages through DVC alone
 	touch $@
 
 clean: ## what runs made; experts and task sets stay
-	rm -rf artifacts .poemerge mlflow.db mlruns dvc.lock
+	rm -rf artifacts .poemerge mlflow.db mlruns dvc.lock site

@@ -30,8 +30,12 @@ class Section(BaseModel):
 class SourceParams(Section):
     """Where a checkpoint or adapter comes from."""
 
-    source: str = Field(min_length=1)
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    source: str = Field(
+        min_length=1, description="a folder, a .gguf file, or an address: hf://org/name@revision"
+    )
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="its content's; any other is refused"
+    )
 
 
 class FetchParams(Section):

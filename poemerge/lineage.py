@@ -115,8 +115,17 @@ class Source:
 
     @classmethod
     def of_file(cls, name: str, path: Path) -> Self:
-        """Hash one file."""
-        return cls(name, {path.name: sha256(path)})
+        """Hash one file.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        try:
+            return cls(name, {path.name: sha256(path)})
+        except OSError as error:
+            reason = error.strerror
+            message = f"{path} ({name}) cannot be read ({reason}); mend it, or name another."
+            raise SourceError(message) from error
 
     @property
     def digest(self) -> str:

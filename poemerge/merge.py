@@ -1,5 +1,6 @@
 """The public entry: merge checkpoints into a folder, with its lineage."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = "-samples"  # a sibling: within a model folder they would be part of its hashes
 
@@ -76,9 +79,12 @@ def merge_checkpoints(
         PoemergeError: something was refused; `out` is then untouched.
     """
     out, base = Path(out), Path(base)
+    beside = out.with_name(out.name + SAMPLES)
     folders = name_experts(experts)
     draws = Draws(samples, sampler, temperature)
-    outs = [out, out.with_name(out.name + SAMPLES)][: 1 + bool(samples)]
+    outs = [out, beside] if samples else [out]
+    if beside.exists() and not samples:
+        logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
     for place in outs:
         check_out(place, [base, *folders.values()], overwrite=overwrite)
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
@@ -89,8 +95,8 @@ def merge_checkpoints(
         # Inputs are hashed while they are merged.
         lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
         with ExitStack() as stack, torch.inference_mode():
-            folder, *beside = [stack.enter_context(new_folder(place)) for place in outs]
-            drawn = [place / f"{index:03}" for place in beside for index in range(samples)]
+            folder, *places = [stack.enter_context(new_folder(place)) for place in outs]
+            drawn = [place / f"{index:03}" for place in places for index in range(samples)]
             for place in drawn:
                 place.mkdir()
             return walk.run([folder, *drawn], lineage.result)

@@ -85,11 +85,9 @@ def _compare(
 
 
 def inner_product(left: Update, right: Update) -> Tensor:
-    """<A, B> in fp64; from the factors where both have them."""
+    """<A, B> in fp64, from the factors where both have them."""
     if isinstance(left, LowRank) and isinstance(right, LowRank):
-        ups = right.up.double().mT @ left.up.double()
-        downs = left.down.double() @ right.down.double().mT
-        return (ups * downs.mT).sum()
+        return left.inner(right)
     return (left.dense() * right.dense()).sum(dtype=torch.float64)
 
 

@@ -54,10 +54,15 @@ class LowRank:
         """The update itself, (..., O, I)."""
         return self.up @ self.down
 
+    def inner(self, other: "LowRank") -> Tensor:
+        """<A, B> (...,) in fp64, from the R_A × R_B grams of the factors."""
+        ups = self.up.double().mT @ other.up.double()
+        downs = self.down.double() @ other.down.double().mT
+        return (ups * downs).sum(dim=(-2, -1))
+
     def norm(self) -> Tensor:
-        """Frobenius norm (...,) in fp64, from the R × R grams of the factors."""
-        up, down = self.up.double(), self.down.double()
-        return ((up.mT @ up) * (down @ down.mT)).sum(dim=(-2, -1)).clamp_min(0).sqrt()
+        """Frobenius norm (...,) in fp64."""
+        return self.inner(self).clamp_min(0).sqrt()
 
     def part(self, index: int) -> "LowRank":
         """One update of a batch."""
@@ -211,16 +216,15 @@ class LowRankStack:
         """The updates multiplied out, (B, E, O, I), in fp32 or better."""
         return torch.stack([u @ d for u, d in zip(self.ups, self.downs, strict=True)], dim=1)
 
-    def updates(self) -> list[Update]:
+    def updates(self) -> list[LowRank]:
         """E updates in their factors."""
         return [LowRank(up, down) for up, down in zip(self.ups, self.downs, strict=True)]
 
     def inner(self) -> Tensor:
-        """Inner products <A_i, A_j> (B, E, E) in fp64, from the R_i × R_j grams of the factors."""
-        exact = self.double()
-        pairs = list(zip(exact.ups, exact.downs, strict=True))
-        rows = [[((a.mT @ b) * (c @ d.mT)).sum(dim=(-2, -1)) for b, d in pairs] for a, c in pairs]
-        return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+        """Inner products <A_i, A_j> (B, E, E) in fp64."""
+        exact = self.double().updates()
+        rows = [torch.stack([left.inner(right) for right in exact], dim=-1) for left in exact]
+        return torch.stack(rows, dim=-2)
 
     def express(self, factors: LowRank) -> Update:
         """The update as it is."""

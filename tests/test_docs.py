@@ -11,6 +11,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import ClassVar
 
+import click
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import poemerge
 from flows.cli import main
 from flows.overrides import parse_settings
-from flows.params import MergeParams
+from flows.params import MergeParams, load
 from poemerge.methods import METHODS, find
 from poemerge.poe.certificate import Certificate
 from poemerge.poe.settings import HeavySettings, ProductSettings
@@ -27,7 +28,7 @@ from tests.core.stacks import assert_close
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [page for part in ("", "howto") for page in sorted((DOCS / part).glob("*.md"))]
 
 
 def read(page: str) -> str:
@@ -59,14 +60,15 @@ def rows(page: str, header: str) -> Iterator[list[str]]:
 
 def commands() -> list[list[str]]:
     """Every call of poemerge that a page shows, split as a shell does."""
-    pages = [page.name for page in PAGES if page.name != "reference.md"]
+    pages = [page.relative_to(DOCS).as_posix() for page in PAGES]
     lines = chain.from_iterable(b.splitlines() for page in pages for b in blocks(page))
     return [shlex.split(line, comments=True) for line in lines if line.startswith("poemerge ")]
 
 
 def test_all_code_is_executed() -> None:
     executed = {*TestNewMethods.CHECKS, "family.md", "certificates.md", "residuals.md", "walk.md"}
-    assert {page.name for page in PAGES if blocks(page.name, "python")} == executed
+    pages = {page.relative_to(DOCS).as_posix() for page in PAGES}
+    assert {page for page in pages if blocks(page, "python")} == executed
 
 
 class TestNewMethods:
@@ -232,15 +234,31 @@ class TestFamily:
                 find(method).settings.parse(settings)
 
 
-def test_the_settings_of_every_command_are_accepted() -> None:
+def test_every_command_is_accepted() -> None:
+    """Its options are there; what it sets is a setting of the method, or a key of params.yaml."""
     shown = commands()
     assert len(shown) > 10
     for words in shown:
-        options = {name for p in main.commands[words[1]].params for name in p.opts}
-        assert {word for word in words if word.startswith("--")} <= options
+        command = command_of(words[1:])
+        options = {name for p in command.params for name in p.opts}
+        assert {word for word in words if word.startswith("--")} <= options, words
         given = [b for a, b in pairwise(words) if a == "--set"]
-        method = words[words.index("--method") + 1] if "--method" in words else "cauchy_poe"
-        find(method).settings.parse(parse_settings(given))
+        if "--params" in options:
+            load(ROOT / "params.yaml", given)
+        elif given:
+            method = words[words.index("--method") + 1] if "--method" in words else "cauchy_poe"
+            find(method).settings.parse(parse_settings(given))
+
+
+def command_of(words: list[str]) -> click.Command:
+    """The command that words begin with, `experts add` say."""
+    command: click.Command = main
+    for word in words:
+        if not isinstance(command, click.Group):
+            break
+        assert word in command.commands, words
+        command = command.commands[word]
+    return command
 
 
 def test_patterns_on_the_command_line_mean_what_the_page_says() -> None:
@@ -334,23 +352,3 @@ def _has(module: object, name: str) -> bool:
             return False
         found = getattr(found, part)
     return True
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
-def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
-        file, _, anchor = link.partition("#")
-        target = (page.parent / file).resolve() if file else page
-        assert target.exists(), link
-        if anchor:
-            titles = re.findall(
-                r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE
-            )
-            assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
-
-
-def test_every_page_is_reached_from_the_readme() -> None:
-    texts = (ROOT / "README.md").read_text(encoding="utf-8") + read("maths.md")
-    missing = {page.name for page in PAGES if f"{page.name})" not in texts} - {"walk.md"}
-    assert not missing

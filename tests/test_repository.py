@@ -9,7 +9,8 @@ from ruamel.yaml import YAML
 
 from flows.cli import main
 from flows.params import AROUND, Params
-from flows.reference import PAGE, reference
+from flows.reference import FOLDER, pages
+from flows.reference.parameters import keys
 from flows.steps import STAGES
 from poemerge.methods import METHODS
 
@@ -58,8 +59,14 @@ def test_every_method_and_setting_is_documented(name: str) -> None:
     assert all(len(meaning) > 10 for _, _, meaning in method.settings.describe())
 
 
-def test_the_reference_page_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == reference(), "run `python -m flows.reference`"
+def test_the_reference_is_current() -> None:
+    written = {page.name: page.read_text(encoding="utf-8") for page in FOLDER.iterdir()}
+    assert written == pages(), "run `python -m flows.reference`"
+
+
+def test_every_parameter_has_a_meaning() -> None:
+    silent = [key.path for rows in keys().values() for key in rows if not key.meaning]
+    assert not silent, "give each a remark in params.yaml, or a `description` in flows/params.py"
 
 
 def test_every_parameter_has_a_remark() -> None:

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poemerge.curvature import Curvature
-from poemerge.errors import CheckpointError, PoemergeError, SettingError
-from poemerge.merge import merge_checkpoints
+from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
+from poemerge.lineage import Lineage
+from poemerge.merge import merge_checkpoints, merge_lineage
 from poemerge.methods import find
 from tests.core.stacks import assert_close
 from tests.zoo import Zoo
@@ -43,6 +44,11 @@ class Bench:
         return merge_checkpoints(
             self.zoo.base(), experts, self.root / "out", **settings | options, device="cpu"
         )
+
+    def record(self, precision: str, curvature: dict[str, str]) -> Lineage:
+        experts = {"a": self.zoo.full(1), "b": self.zoo.full(2)}
+        settings = {"precision": precision, "curvature": curvature}
+        return merge_lineage(self.zoo.base(), experts, "cauchy_poe", settings, {"device": "cpu"})
 
     def refused(
         self, error: type[PoemergeError], pattern: str, precision: str, files: dict[str, str]
@@ -82,6 +88,8 @@ class TestRefused:
         files = bench.files(precision) | {"b": str(bench.root / "nowhere.safetensors")}
         pattern = "curvature of expert 'b' is .*nowhere.safetensors, which is no file; mend"
         bench.refused(SettingError, pattern, precision, files)
+        with pytest.raises(SourceError, match=r"of b\) cannot be read"):
+            bench.record(precision, files)
 
     def test_no_safetensors(self, bench: Bench, precision: str) -> None:
         files = bench.files(precision)

@@ -156,7 +156,9 @@ def test_refusals_leave_nothing(
         describe_uncertainty(zoo.base(), [zoo.full(1)], "ties", {})
 
 
-def test_samples_in_the_way_are_kept(zoo: Zoo, tmp_path: Path) -> None:
+def test_samples_in_the_way_are_kept(
+    zoo: Zoo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "out-samples").mkdir()
     (tmp_path / "out-samples" / "mine").write_text("keep")
     with pytest.raises(PoemergeError, match="out-samples exists already"):
@@ -164,6 +166,8 @@ def test_samples_in_the_way_are_kept(zoo: Zoo, tmp_path: Path) -> None:
     assert (tmp_path / "out-samples" / "mine").exists()
     merge(zoo, tmp_path / "out", samples=1, overwrite=True)
     assert [folder.name for folder in folders(tmp_path / "out")] == ["000"]
+    merge(zoo, tmp_path / "out", overwrite=True)
+    assert "out-samples holds draws of an earlier merge" in caplog.text
 
 
 def test_a_budget_counts_the_posterior(zoo: Zoo) -> None:

@@ -18,11 +18,14 @@ from scipy import stats
 from poemerge.errors import SettingError, SourceError
 from poemerge.merge import merge_checkpoints
 from poemerge.report import MergeReport
+from tasks.paired import Interval
 from tasks.report import known_details, write_report
 from tasks.report.diagnostics import Detail, Look
+from tasks.report.figures.scores import heatmap
+from tasks.report.figures.style import LIGHT, png
 from tasks.report.layers import Place, natural, places
 from tasks.report.logged import log
-from tasks.report.numbers import Numbers, gather
+from tasks.report.numbers import Candidate, Numbers, gather
 from tasks.report.page import Column, Section, Summary, Table, draw, render
 from tasks.report.sections import sections, tails
 from tasks.report.sections.scores import summary
@@ -312,6 +315,17 @@ def test_it_is_logged_beside_its_leaderboard_once(run: Path) -> None:
     client.set_tag(parent.info.run_id, "poemerge.report", "another")
     assert log(run / "report", run / "register", "tests")
     assert not log(run / "report", run / "register", "no such experiment")
+
+
+def test_scores_that_are_all_those_of_the_experts_can_be_drawn() -> None:
+    half = Interval(0.5, 0.5, 0.5)
+    rows = [
+        Candidate(*who, {"red": 0.5}, half, 1.0, None)
+        for who in (("ties", "merge"), ("red", "expert"))
+    ]
+    figure = heatmap(Numbers("alike", ("red",), 2, tuple(rows), "ties", {}, {}), LIGHT)
+    assert png(figure).startswith(b"\x89PNG")
+    assert {text.get_text() for text in figure.axes[0].texts} == {"50"}
 
 
 def test_importing_the_stage_imports_nothing_heavy() -> None:

@@ -86,7 +86,8 @@ def heatmap(numbers: Numbers, theme: Theme) -> Figure:
     axes.axhline(0.5, color=theme.faint, linewidth=1)
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40)
     bar.outline.set_visible(False)
-    bar.ax.set_xlim(min(0.0, gaps.min()), max(0.0, gaps.max()))
+    if gaps.any():  # where all are as good as their task's expert there is no range to show
+        bar.ax.set_xlim(min(0.0, gaps.min()), max(0.0, gaps.max()))
     bar.set_label("points from the task's own expert")
     return figure
 
