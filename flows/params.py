@@ -46,7 +46,7 @@ class FetchParams(Section):
     select: dict[str, str] | None = Field(
         None,
         min_length=1,
-        description="tag: value; every expert of the library that has them all (docs/library.md)",
+        description="tags; every expert of the library that has them all joins (docs/library.md)",
     )
     dtype: Dtype
 

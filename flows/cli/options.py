@@ -36,7 +36,7 @@ select_option = click.option(
     "wanted",
     multiple=True,
     metavar="TAG=VALUE",
-    help="All experts of the library that have it; repeatable.",
+    help="Every expert of the library that has it; repeatable, then all of them.",
 )
 method_option = click.option(
     "--method", default="cauchy_poe", show_default=True, help="See `poemerge methods`."
