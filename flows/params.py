@@ -39,10 +39,15 @@ class SourceParams(Section):
 
 
 class FetchParams(Section):
-    """The base and its experts."""
+    """The base and its experts, one by one or by the tags that the library has of them."""
 
     base: SourceParams
-    experts: dict[Label, SourceParams] = Field(min_length=1)
+    experts: dict[Label, SourceParams]
+    select: dict[str, str] | None = Field(
+        None,
+        min_length=1,
+        description="tags; every expert of the library that has them all joins (docs/library.md)",
+    )
     dtype: Dtype
 
 
@@ -173,11 +178,29 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
         params = Params.model_validate(tree)
     except ValidationError as error:
         raise SettingError(f"{path}: {_sentence(error)}") from error
-    experts = tuple(params.fetch.experts)
+    check(path, params)
+    return params
+
+
+def check(path: Path, params: Params) -> None:
+    """Refuse settings that no method knows, and weights of experts that there are none of.
+
+    Args:
+        path: of the file, for the message.
+        params: where experts are still to be selected, their names are not checked.
+
+    Raises:
+        SettingError: one sentence.
+    """
+    fetch = params.fetch
+    if not fetch.experts and fetch.select is None:
+        raise SettingError(
+            f"{path}: fetch.experts is empty; name some, or give the tags of some in fetch.select."
+        )
+    experts = tuple(fetch.experts) if fetch.select is None else None
     _check_methods(path, params.merge, experts)
     if params.sweep:
         _check_sweep(path, params.sweep, experts)
-    return params
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -194,12 +217,12 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...]) -> None:
+def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...] | None) -> None:
     for label in merge.methods:
         _check_settings(f"{path}: merge.methods.{label}", *merge.candidate(label), experts)
 
 
-def _check_sweep(path: Path, sweep: SweepParams, experts: tuple[str, ...]) -> None:
+def _check_sweep(path: Path, sweep: SweepParams, experts: tuple[str, ...] | None) -> None:
     from tasks.sweep.space import Space  # noqa: PLC0415 - imports torch, as `_check_settings` does
 
     for label, given in sweep.space.items():
@@ -228,7 +251,7 @@ def _check_grid(where: str, space: "Space", trials: int) -> None:
 
 
 def _check_settings(
-    where: str, method: str, settings: dict[str, Any], experts: tuple[str, ...]
+    where: str, method: str, settings: dict[str, Any], experts: tuple[str, ...] | None
 ) -> None:
     from poemerge.methods import find  # noqa: PLC0415 - imports torch, 1 s that --help need not pay
 
@@ -236,6 +259,8 @@ def _check_settings(
         parsed = find(method).settings.parse(settings)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from error
+    if experts is None:
+        return
     for name in parsed.weights:
         if name not in experts:
             raise SettingError(

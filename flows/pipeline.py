@@ -12,9 +12,10 @@ from prefect.tasks import Task
 
 from flows import artifacts, changes, versioning
 from flows.limits import at_most
-from flows.params import load, read
-from flows.places import PLAIN, Places
+from flows.params import read
+from flows.places import Places
 from flows.queue import turn
+from flows.selection import find_places
 from flows.steps import STAGES, Step, steps
 from tasks.progress import watched_by, watching
 
@@ -44,7 +45,7 @@ def pipeline(
     """
     path = Path(params)
     tree = read(path)
-    places = Places(load(path, overrides), load(PLAIN))
+    places = find_places(path, overrides)
     if places.is_plain:
         versioning.check()
     standing = changes.look(places)

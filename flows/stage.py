@@ -4,10 +4,10 @@ import logging
 import sys
 
 from flows.cli import calm_down
-from flows.params import load
 from flows.places import PLAIN, Places
-from flows.steps import steps
-from poemerge.errors import PoemergeError
+from flows.selection import find_places
+from flows.steps import STAGES, steps
+from poemerge.errors import PoemergeError, SourceError
 
 
 def main(arguments: list[str]) -> int:
@@ -16,14 +16,26 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     stage, *labels = arguments
     try:
-        params = load(PLAIN)
-        for step in steps(stage, Places(params, params)):
+        places = find_places(PLAIN)
+        if stage != STAGES[0]:
+            _check_fetched(places)
+        for step in steps(stage, places):
             if not labels or step.label in labels:
                 step.run()
     except PoemergeError as error:
         logging.getLogger(__name__).error("error: %s", error)  # noqa: TRY400 - one sentence, no trace
         return 1
     return 0
+
+
+def _check_fetched(places: Places) -> None:
+    """DVC looks at params.yaml alone, and so does not fetch what a selection has come to mean."""
+    for name, folder in places.experts.items():
+        if not folder.is_dir():
+            raise SourceError(
+                f"{folder} is not there; run `poemerge run`, or `dvc repro --force --single-item "
+                f"fetch` first, if {name} was added to the library since the last run."
+            )
 
 
 if __name__ == "__main__":

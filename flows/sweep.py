@@ -13,10 +13,11 @@ from prefect import flow
 
 from flows.candidates import Bench, Candidate, MergeError
 from flows.meter import Pace
-from flows.params import Params, SweepParams, load
+from flows.params import Params, SweepParams
 from flows.pipeline import run_stage
-from flows.places import PLAIN, Places
+from flows.places import Places
 from flows.queue import turn
+from flows.selection import find_places
 from flows.steps import steps
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
@@ -54,7 +55,7 @@ def sweep(
     Raises:
         PoemergeError: something was refused.
     """
-    places = Places(load(Path(params), overrides), load(PLAIN))
+    places = find_places(Path(params), overrides)
     section = _section(places.params, params, labels)
     with turn(places.params.devices):
         run_stage("fetch", list(steps("fetch", places)))

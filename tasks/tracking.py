@@ -14,6 +14,7 @@ DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` loo
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits for minutes for a dead server

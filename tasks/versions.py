@@ -1,5 +1,6 @@
 """What a registered version carries, and how one is found: for all who read or move versions."""
 
+import json
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,11 @@ SOURCES = "poemerge.sources"  # JSON: name → what it resolved to
 CANDIDATE = "poemerge.candidate"  # label of the merge
 METHOD = "poemerge.method"
 BASE = "poemerge.base"  # what was merged into, as the user wrote it
+BASE_DIGEST = "poemerge.base_digest"  # sha256 over the weight files of the base
+TASK = "poemerge.task"  # of an expert: what it was trained for
+SCORE = "poemerge.score"  # of an expert, on its own task
+KIND = "poemerge.kind"  # of the registered model: MERGE or EXPERT
+MERGE, EXPERT = "merge", "expert"
 OVERRIDES = "poemerge.overrides"  # `a.b=c` settings that params.yaml does not have
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # aliases
@@ -91,6 +97,31 @@ def aliases_of(client: Any, name: str) -> dict[str, str]:
     """Alias → number, as text; empty where there is no such model."""
     models = client.search_registered_models(f"name = '{name}'")
     return {alias: str(number) for model in models for alias, number in model.aliases.items()}
+
+
+def claim(client: Any, name: str, kind: str) -> None:
+    """Make the registered model `name`, for versions of one kind alone.
+
+    Raises:
+        SourceError: it holds versions of another kind.
+    """
+    models = client.search_registered_models(f"name = '{name}'")
+    if not models:
+        client.create_registered_model(name, tags={KIND: kind})
+    for model in models:
+        found = model.tags.get(KIND, MERGE)  # there were merges before there were kinds
+        if found != kind:
+            message = f"{name} is the name of a registered {found}; choose another for this {kind}."
+            raise SourceError(message)
+
+
+def made_from(client: Any, version: "ModelVersion") -> "list[ModelVersion]":
+    """The versions among whose sources this one is."""
+    mark = f"{uri(version)}@"
+    found = _search(client, f"tag.`{SOURCES}` LIKE '%{mark}%'")  # _ is a wildcard there
+    return [
+        v for v in found if any(s.startswith(mark) for s in json.loads(v.tags[SOURCES]).values())
+    ]
 
 
 def registered_lineage(ref: str) -> Lineage:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from flows.cli import models, pipeline, queue, records
+from flows.cli import library, models, pipeline, queue, records
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -24,6 +24,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "poemerge,tasks,flows",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes its time
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
@@ -78,6 +79,7 @@ for _command in (
     models.merge,
     models.extract,
     models.check,
+    library.experts,
     records.methods,
     pipeline.report,
     records.lineage,

@@ -16,6 +16,7 @@ from flows.cli.options import (
     out_option,
     overwrite_option,
     resolve,
+    select_option,
     set_option,
 )
 
@@ -23,6 +24,7 @@ from flows.cli.options import (
 @click.command()
 @base_option
 @experts_option
+@select_option
 @method_option
 @set_option
 @out_option
@@ -71,6 +73,7 @@ from flows.cli.options import (
 def merge(
     base: str,
     experts: Sequence[str],
+    wanted: Sequence[str],
     method: str,
     overrides: Sequence[str],
     out: Path,
@@ -80,8 +83,8 @@ def merge(
 ) -> None:
     """Merge experts into one model folder.
 
-    SRC is a folder, a PEFT adapter folder, a .gguf file, hf://org/name@revision, package://name/path
-    or an fsspec URL.
+    SRC is a folder, a PEFT adapter folder, a .gguf file, hf://org/name@revision, dvc://path,
+    models:/name@alias, models:/name/version or package://name/path.
     """
     from flows.console import show_report, start_logging, tensor_progress
     from flows.overrides import in_bytes, parse_settings
@@ -89,7 +92,7 @@ def merge(
 
     start_logging()
     settings = parse_settings(overrides)
-    folders = resolve(base, experts)
+    folders = resolve(base, experts, wanted)
     from poemerge.merge import merge_checkpoints  # imports torch, while the inputs are hashed
 
     choices |= {"device": device, "memory": in_bytes(memory)}
@@ -156,6 +159,7 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
 @click.command()
 @base_option
 @experts_option
+@select_option
 @method_option
 @set_option
 @device_option
@@ -163,6 +167,7 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
 def check(
     base: str,
     experts: Sequence[str],
+    wanted: Sequence[str],
     method: str,
     overrides: Sequence[str],
     device: str,
@@ -177,6 +182,6 @@ def check(
 
     start_logging()
     where = pick_device(device)
-    folders = resolve(base, experts)
+    folders = resolve(base, experts, wanted)
     with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
         show_plan(plan, where, in_bytes(memory), estimate_seconds(plan, where))

@@ -1,9 +1,15 @@
 """Options that commands share, and the folders behind a SRC."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+
+from poemerge.errors import SettingError
+
+NUMBERED = re.compile(r"models:/[^/]+/\d+|dvc://.+/[0-9a-f]{32}\.dir")  # which is no name
 
 params_option = click.option(
     "--params",
@@ -19,10 +25,16 @@ base_option = click.option("--base", required=True, metavar="SRC", help="Checkpo
 experts_option = click.option(
     "--expert",
     "experts",
-    required=True,
     multiple=True,
     metavar="[NAME=]SRC",
     help="Fine-tuned checkpoint or PEFT adapter; repeatable.",
+)
+select_option = click.option(
+    "--select",
+    "wanted",
+    multiple=True,
+    metavar="TAG=VALUE",
+    help="Every expert of the library that has it; repeatable, then all of them.",
 )
 method_option = click.option(
     "--method", default="cauchy_poe", show_default=True, help="See `poemerge methods`."
@@ -49,21 +61,56 @@ device_option = click.option(
 )
 
 
-def resolve(base: str, experts: Sequence[str]) -> dict[str, Path]:
-    """Name → folder that the core can read, the base first; what is no such folder is fetched."""
+def tags_option(meaning: str) -> Callable[[Any], Any]:
+    """`--tag`, for whatever it means there."""
+    return click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help=meaning)
+
+
+def parse_tags(texts: Sequence[str]) -> dict[str, str]:
+    """Tags from `key=value` texts."""
+    tags = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not value:
+            raise SettingError(f"{text!r} is no tag with a value; write key=value.")
+        tags[key] = value
+    return tags
+
+
+def source_name(source: str) -> str:
+    """What a source is called that nobody named: its last part, but for a version or a hash."""
+    path = Path(source.partition("@")[0])
+    return path.parent.name if NUMBERED.fullmatch(source) else path.name
+
+
+def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, Path]:
+    """Name → folder that the core can read, the base first; what is no such folder is fetched.
+
+    Args:
+        base: SRC.
+        experts: `[NAME=]SRC` each.
+        wanted: `tag=value` that experts of the library have, all of them.
+    """
     from poemerge.lineage import hash_ahead
     from poemerge.names import unused_name
 
-    folders = {"base": _local(base)}
+    if not experts and not wanted:
+        raise click.UsageError("Give --expert or --select, or both.")
+    sources = {"base": base}
     for text in experts:
         name, equals, source = text.partition("=")
-        folder = _local(source if equals else text)
-        folders[unused_name(name if equals else Path(text.split("@")[0]).name, folders)] = folder
+        source = source if equals else text
+        sources[unused_name(name if equals else source_name(source), sources)] = source
+    if wanted:
+        from flows.selection import select
+
+        sources |= select(base, parse_tags(wanted), sources)
+    folders = {name: local_folder(source) for name, source in sources.items()}
     hash_ahead(folders.values())
     return folders
 
 
-def _local(source: str) -> Path:
+def local_folder(source: str) -> Path:
     """`source` itself if the core can read it, else a copy; fetching imports much."""
     from poemerge.layout import is_ready
 

@@ -12,12 +12,22 @@ from prefect.tasks import Task, exponential_backoff
 from poemerge.errors import SourceError
 from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, digest, hash_files, package_versions, produce
+from tasks.fetch.identity import STAGE, Base, identify, trained_on
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
 from tasks.fetch.sources import open_source
 
-__all__ = ["OfflineError", "UnreachableError", "fetch", "fetched", "resolve", "resolve_local"]
+__all__ = [
+    "Base",
+    "OfflineError",
+    "UnreachableError",
+    "fetch",
+    "fetched",
+    "identify",
+    "resolve",
+    "resolve_local",
+    "trained_on",
+]
 
-STAGE = "fetch"
 DTYPE = "bfloat16"
 
 logger = logging.getLogger(__name__)
@@ -40,8 +50,9 @@ def fetch(
 
     Args:
         name: the role it plays: `base`, or an expert's name.
-        source: a folder, a .gguf file, `hf://org/name@revision` or `package://name/path`; a
-            relative path is taken from the current directory.
+        source: a folder, a .gguf file, `hf://org/name@revision`, `models:/name@alias`,
+            `models:/name/version`, `dvc://path` or `package://name/path`; a relative path is taken
+            from the current directory.
         out: the folder to make; replaced only once the new one is complete.
         sha256: what the source must have: the hash of a single file; of a folder, the digest of its
             {file: hash} mapping (the message on a mismatch says what was found).

@@ -25,9 +25,9 @@ from huggingface_hub.hf_api import RepoSibling
 
 from poemerge.errors import SourceError
 from poemerge.lineage import digest, sha256
-from tasks.fetch.layout import check_index, pickled, select
+from tasks.fetch.layout import select
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
-from tasks.fetch.pickles import convert
+from tasks.fetch.pickles import settle
 
 ADDRESS = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 GIT = "git:"
@@ -71,11 +71,7 @@ def _download(address: str, repo: str, commit: str, files: Mapping[str, str], fo
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     for name, stated in files.items():
         _verify(f"{name} of hf://{address}", folder / name, stated)
-    check_index(folder, files)
-    bins = [folder / name for name in pickled(files)]
-    convert(bins, folder)
-    for leftover in [*bins, *folder.glob("*.bin.index.json")]:
-        leftover.unlink()
+    settle(folder, files)
 
 
 def _endpoint() -> str | None:

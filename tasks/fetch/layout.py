@@ -1,7 +1,7 @@
 """Which files of a folder make up a model: weights in the safest format, config, tokenizer."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,6 +14,8 @@ PICKLES = re.compile(r"(adapter_|pytorch_)model(-\d+-of-\d+)?\.bin")
 INDEX = ".index.json"
 # Code (*.py) is left out on purpose: nothing that is fetched is ever executed.
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
+ROOMS = ("", "peft/", "model/")  # MLflow keeps adapters and models of transformers in the last two,
+TOKENIZER = "components/tokenizer/"  # and the tokenizer here
 
 
 def select(where: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -35,6 +37,33 @@ def select(where: str, names: Iterable[str]) -> tuple[str, ...]:
         )
     kind = SAFETENSORS if SAFETENSORS.fullmatch(weights[0]) else PICKLES
     return tuple(sorted([*weights, *(name for name in beside if _goes_with(kind, name))]))
+
+
+def find_room(names: Iterable[str]) -> str:
+    """Where in a folder the weights lie: "", or a sub-folder of MLflow's with its slash."""
+    folders = {
+        name.removesuffix(file)
+        for name in names
+        if SAFETENSORS.fullmatch(file := name.rpartition("/")[2]) or PICKLES.fullmatch(file)
+    }
+    return next((room for room in ROOMS if room in folders), "")
+
+
+def flat(where: str, names: Collection[str]) -> Mapping[str, str]:
+    """Name that a file is to have → its path, of the files that make up the model.
+
+    Args:
+        where: the source, for the message.
+        names: paths of all its files; the weights lie beside one another, on top or in a room.
+
+    Raises:
+        SourceError: there are no weights among them.
+    """
+    room = find_room(names)
+    found: dict[str, str] = {}
+    for folder in (TOKENIZER, room) if room else ("",):
+        found |= {n.removeprefix(folder): n for n in names if n.startswith(folder)}
+    return {name: found[name] for name in select(where, found)}
 
 
 def pickled(names: Iterable[str]) -> list[str]:

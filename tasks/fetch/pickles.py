@@ -1,7 +1,7 @@
 """PyTorch's .bin weights, read without running the pickle and written as safetensors."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,26 @@ from poemerge.atomic import write_json
 from poemerge.checkpoint import read_json
 from poemerge.errors import SourceError
 from poemerge.layout import INDEX
+from tasks.fetch.layout import check_index, pickled
 
 logger = logging.getLogger(__name__)
+
+
+def settle(folder: Path, names: Collection[str]) -> None:
+    """Make a folder of files that have arrived one that the core can read.
+
+    Args:
+        folder: what arrived; pickles in it are replaced by safetensors.
+        names: of its files.
+
+    Raises:
+        SourceError: an index names another file, or a pickle is refused.
+    """
+    check_index(folder, names)
+    bins = [folder / name for name in pickled(names)]
+    convert(bins, folder)
+    for leftover in [*bins, *folder.glob("*.bin.index.json")]:
+        leftover.unlink()
 
 
 def convert(files: Sequence[Path], folder: Path) -> None:

