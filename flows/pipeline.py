@@ -12,6 +12,7 @@ from prefect.tasks import Task
 from flows import versioning
 from flows.params import load, read
 from flows.places import PLAIN, Places
+from flows.promote import after_run
 from flows.steps import STAGES, Step, steps
 
 PER_STEP = ("merge",)  # one DVC stage for each step
@@ -29,7 +30,7 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
         overrides: `a.b=c` settings for this run alone; likewise.
 
     Returns:
-        See `Places.outcome`.
+        See `Places.outcome`; `promotion`: see `after_run`.
 
     Raises:
         PoemergeError: something was refused.
@@ -48,7 +49,7 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
         made += [step.name for step in run_stage(stage, todo)]
         if places.is_plain:
             versioning.commit(_dvc_names(stage, todo), tree)
-    return places.outcome(made)
+    return places.outcome(made) | {"promotion": after_run(places, trial=bool(overrides))}
 
 
 def run_stage(stage: str, todo: list[Step]) -> list[Step]:

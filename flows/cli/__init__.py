@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flows.cli import models, pipeline, records
+from flows.cli import models, pipeline, promotion, records
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -21,6 +21,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "poemerge,tasks,flows",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # commands that are no flow log too
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes its time
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
@@ -69,5 +70,8 @@ for _command in (
     records.lineage,
     records.verify,
     records.reproduce,
+    promotion.promote,
+    promotion.rollback,
+    promotion.audit,
 ):
     main.add_command(_command)

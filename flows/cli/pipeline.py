@@ -21,6 +21,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     unless --save is given.
     """
     from flows.console import show_outcome, start_logging
+    from flows.decision_table import show_promotion
     from flows.overrides import save_overrides
     from flows.params import load
 
@@ -32,7 +33,10 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
 
-    show_outcome(pipeline(str(params), list(overrides)))
+    outcome = pipeline(str(params), list(overrides))
+    show_outcome(outcome)
+    if outcome.get("promotion"):
+        show_promotion(outcome["promotion"])
 
 
 @click.command()
