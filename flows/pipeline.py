@@ -14,6 +14,7 @@ from flows import artifacts, changes, versioning
 from flows.limits import at_most
 from flows.params import read
 from flows.places import Places
+from flows.promote import after_run
 from flows.queue import turn
 from flows.selection import find_places
 from flows.steps import STAGES, Step, steps
@@ -38,7 +39,8 @@ def pipeline(
         force: look at every stage, though nothing moved since the last complete run.
 
     Returns:
-        See `Places.outcome`; in a state named UpToDate where there was nothing to do.
+        See `Places.outcome`; `promotion`: see `after_run`. Where there was nothing to do, in a
+        state named UpToDate and without a promotion.
 
     Raises:
         PoemergeError: something was refused, or took longer than it may.
@@ -58,8 +60,9 @@ def pipeline(
     limit = places.params.schedule.timeout if places.params.schedule else None
     with at_most(limit), turn(places.params.devices), watched_by(*watching(), artifacts.Steps()):
         made = _run(places, tree, tuple(overrides))
+        promotion = after_run(places, trial=bool(overrides))
         changes.conclude(places)
-    outcome = places.outcome(made)
+    outcome = places.outcome(made) | {"promotion": promotion}
     artifacts.show_outcome(outcome)
     return outcome
 

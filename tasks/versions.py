@@ -25,6 +25,11 @@ SCORE = "poemerge.score"  # of an expert, on its own task
 KIND = "poemerge.kind"  # of the registered model: MERGE or EXPERT
 MERGE, EXPERT = "merge", "expert"
 OVERRIDES = "poemerge.overrides"  # `a.b=c` settings that params.yaml does not have
+EVALUATION = "poemerge.evaluation"  # the MLflow run that has its outcomes, below ...
+EVALUATION_FOLDER = "evaluation"  # ... this artifact path
+DECISION = "poemerge.decision"  # number and hash of the decision that made it champion
+GAIN = "poemerge.gain"  # over the champion before it, in words
+PROMOTED = "poemerge.promoted"  # when, in UTC, and by whom
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # aliases
 

@@ -73,6 +73,16 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> "Zoo":
     return Zoo(tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised MLflow database; making one takes seconds, copying it does not."""
+    from mlflow import MlflowClient  # imported here, as transformers above
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _own_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server, store or repository of the person who runs the tests is ever touched."""

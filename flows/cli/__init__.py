@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from flows.cli import library, models, pipeline, queue, records
+from flows.cli import library, models, pipeline, promotion, queue, records
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -24,7 +24,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "poemerge,tasks,flows",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # commands that are no flow log too
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes its time
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
@@ -86,6 +86,9 @@ for _command in (
     records.verify,
     records.reproduce,
     records.sign,
+    promotion.promote,
+    promotion.rollback,
+    promotion.audit,
     queue.queue,
 ):
     main.add_command(_command)

@@ -25,6 +25,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> N
     from flows.bars import bars
     from flows.changes import look
     from flows.console import show_outcome, start_logging
+    from flows.decision_table import show_promotion
     from flows.overrides import save_overrides
     from flows.params import load
     from flows.places import PLAIN, Places
@@ -44,6 +45,8 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> N
     with bars():
         outcome = pipeline(str(params), list(overrides), force=force)
     show_outcome(outcome)
+    if outcome.get("promotion"):
+        show_promotion(outcome["promotion"])
 
 
 @click.command()

@@ -1,5 +1,6 @@
 """The register stage: build the leaderboard, choose the best merge, hand it to MLflow."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,9 @@ from tasks.register.leaderboard import (
     read_scores,
 )
 from tasks.tracking import calm_down
+from tasks.versions import KEY, SOURCES
 
-FORMAT = "poemerge/registration/1"  # raise it when the files of this stage change their meaning
+FORMAT = "poemerge/registration/2"  # raise it when the files of this stage change their meaning
 
 
 @task
@@ -41,11 +43,14 @@ def register(
     store: Literal["dvc", "copy"],
     params: Mapping[str, Any],
     overrides: Sequence[str] = (),
+    key: str = "",
+    sources: Mapping[str, str] | None = None,
 ) -> bool:
     """Choose the best merge on validation and register it as a version of the model `name`.
 
-    MLflow gets a run for the sweep, a run below it for every candidate, and one version for each
-    content: bytes that it has already are only named challenger again.
+    MLflow gets a run for the sweep, a run below it for every candidate with its outcomes on every
+    item, and one version for each content: bytes that it has already are only named challenger
+    again. What is live does not change (promote).
 
     Args:
         base: folder of the base, for its name in the description.
@@ -60,6 +65,8 @@ def register(
         store: dvc points MLflow to the DVC cache; copy copies the weights into MLflow.
         params: effective parameters of the whole run, for the record in MLflow.
         overrides: `a.b=c` settings that params.yaml does not have, for the record in MLflow.
+        key: sha256 of resolved sources, parameters and code, for the version; empty for none.
+        sources: name → what it resolved to, for the version.
 
     Returns:
         True if something was registered, False if all of it was there already.
@@ -86,7 +93,8 @@ def register(
         (*(Source.of(" ".join(key), folder) for key, folder in folders.items()), model),
     )
     models = {label: Path(folder) for label, folder in merges.items()}
-    sweep = Sweep(board, models, read_costs(logs), params, tuple(overrides))
+    tags = ({KEY: key} if key else {}) | ({SOURCES: json.dumps(dict(sources))} if sources else {})
+    sweep = Sweep(board, models, read_costs(logs), params, tuple(overrides), folders, tags)
 
     calm_down()
     from tasks.register import registry  # noqa: PLC0415  MLflow, DVC and matplotlib: 2 s
@@ -100,7 +108,7 @@ def register(
 
     if produce(Path(out), record, announce):
         return True
-    if registry.holds(name, model.digest):
+    if registry.mark(name, model.digest, tags):
         return False
     announce()  # the output is current, but MLflow's database was deleted or is another one
     return True

@@ -112,6 +112,8 @@ class Sweep:
         costs: label → what that merge took.
         params: effective parameters of the whole pipeline.
         overrides: `a.b=c` settings that params.yaml does not have.
+        evaluations: (kind, label) → folder of the outcomes, item by item.
+        tags: of the version, besides those that say what it is.
     """
 
     board: Leaderboard
@@ -119,6 +121,8 @@ class Sweep:
     costs: Mapping[str, Cost]
     params: Mapping[str, Any]
     overrides: tuple[str, ...]
+    evaluations: Mapping[tuple[Kind, str], Path]
+    tags: Mapping[str, str]
 
 
 def leaderboard(

@@ -17,9 +17,11 @@ from tasks.register.leaderboard import Cost, Row, Sweep
 from tasks.tracking import connected, ending, experiment_id, flat
 from tasks.versions import (
     BASE,
+    CANDIDATE,
     CHALLENGER,
-    CHAMPION,
     DIGEST,
+    EVALUATION,
+    EVALUATION_FOLDER,
     MERGE,
     METHOD,
     OVERRIDES,
@@ -74,14 +76,17 @@ def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> E
     return Entry(name, best.label, method, base, model.digest, source, best.summary())
 
 
-def holds(name: str, digest: str) -> bool:
-    """True if MLflow has a version of `name` with exactly these bytes."""
+def mark(name: str, digest: str, tags: Mapping[str, str]) -> bool:
+    """Tag the version of `name` that has exactly these bytes; False if MLflow has none."""
     with connected() as client:
-        return find(client, name, digest) is not None
+        version = find(client, name, digest)
+        if version is not None:
+            _tag(client, version, tags)
+        return version is not None
 
 
 def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
-    """Log all candidates and register the best: challenger, and champion if there is none."""
+    """Log all candidates and register the best, the challenger."""
     board = sweep.board
     tags = {
         "poemerge.stage": "register",
@@ -97,13 +102,16 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
             client.log_figure(parent, heatmap(board), "leaderboard.png")
             client.log_batch(parent, metrics=_metrics(board.best, Cost()))
             runs = [_candidate(client, place, parent, row, sweep) for row in board.rows]
-            version = find(client, entry.name, entry.digest)
-            if version is None:
-                version = _create(client, entry, runs[board.rows.index(board.best)], sweep)
-        number = str(version.version)  # int from SQL, str over REST
-        client.set_registered_model_alias(entry.name, CHALLENGER, number)
-        if CHAMPION not in client.get_registered_model(entry.name).aliases:
-            client.set_registered_model_alias(entry.name, CHAMPION, number)
+            own = runs[board.rows.index(board.best)]
+            version = find(client, entry.name, entry.digest) or _create(client, entry, own, sweep)
+        client.set_registered_model_alias(entry.name, CHALLENGER, str(version.version))
+        _tag(client, version, {EVALUATION: own, **sweep.tags})
+
+
+def _tag(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(version.name, str(version.version), key, value)
 
 
 @contextmanager
@@ -132,6 +140,8 @@ def _candidate(client: MlflowClient, place: str, parent: str, row: Row, sweep: S
         for file in (folder / RECORD, folder / "merge_report.json") if folder else ():
             if file.is_file():
                 client.log_artifact(run, os.fspath(file))
+        evaluation = sweep.evaluations[row.kind, row.label]
+        client.log_artifacts(run, os.fspath(evaluation), EVALUATION_FOLDER)
     return run
 
 
@@ -150,6 +160,7 @@ def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> Model
         source = f"{client.get_run(run).info.artifact_uri}/{COPY}"
     tags = {
         DIGEST: entry.digest,
+        CANDIDATE: entry.candidate,
         METHOD: entry.method,
         BASE: entry.base,
         OVERRIDES: " ".join(sweep.overrides),

@@ -1,13 +1,9 @@
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, produce
 from tasks.register import register
 from tasks.register.leaderboard import Leaderboard
+from tests.tasks.registry import mlflow_server
 
 TASKS = ("odd", "even")
 SETTINGS: dict[str, Any] = {
@@ -80,14 +77,6 @@ class Project:
         return register.fn(**places | SETTINGS | changes)
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An initialised MLflow database; making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
-    return path
-
-
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> Project:
     monkeypatch.chdir(tmp_path)
@@ -125,11 +114,13 @@ def version(alias: str) -> Any:
 
 def test_the_best_becomes_a_version_with_everything_about_it(project: Project) -> None:
     assert project.register()
-    best = version("champion")
-    assert best.version == version("challenger").version
+    best = version("challenger")
+    assert client().get_registered_model("tiny-merged").aliases == {"challenger": best.version}
     source = Source.of("cauchy", project.artifacts / "merge/cauchy")
     assert best.tags == {
         "poemerge.digest": source.digest,
+        "poemerge.candidate": "cauchy",
+        "poemerge.evaluation": best.run_id,
         "poemerge.method": "cauchy_poe",
         "poemerge.base": "hf://org/tiny@1",
         "poemerge.overrides": "merge.strength=1.0",
@@ -163,11 +154,11 @@ def test_every_candidate_is_a_run_below_one_parent(project: Project) -> None:
         }
     )  # fmt: skip
     assert best.data.tags["poemerge.stage"] == "merge"
-    assert best.data.tags["poemerge.digest"] == version("champion").tags["poemerge.digest"]
-    names = {run: {f.path for f in client().list_artifacts(run.info.run_id)} for run in runs()[:2]}
-    assert set.union(*names.values()) == {"leaderboard.json", "leaderboard.png", "params.yaml"}
+    assert best.data.tags["poemerge.digest"] == version("challenger").tags["poemerge.digest"]
+    logged = {f.path for f in client().list_artifacts(parent.info.run_id)}
+    assert logged == {"leaderboard.json", "leaderboard.png", "params.yaml"}
     kept = {f.path for f in client().list_artifacts(best.info.run_id)}
-    assert kept == {"lineage.json", "merge_report.json"}
+    assert kept == {"evaluation", "lineage.json", "merge_report.json"}
     assert Path("mlruns").is_dir()
 
 
@@ -183,7 +174,7 @@ def test_the_output_holds_nothing_that_changes_by_itself(project: Project) -> No
     board = Leaderboard.read(out / "leaderboard.json")
     made = json.loads(first["registration.json"])
     assert made["candidate"] == board.best.label == "cauchy"
-    assert made["source"] == version("champion").source
+    assert made["source"] == version("challenger").source
 
 
 def test_nothing_to_do_touches_nothing(project: Project) -> None:
@@ -201,12 +192,44 @@ def test_the_same_bytes_keep_their_version(project: Project) -> None:
     assert len([run for run in runs() if run.info.run_name == "tiny-merged"]) == 2
 
 
+def test_the_outcomes_of_every_candidate_are_kept(project: Project, tmp_path: Path) -> None:
+    project.register()
+    places = ["base", "experts/odd", "experts/even", "merges/cauchy", "merges/average"]
+    for run, place in zip(runs()[1:], places, strict=True):
+        copy = client().download_artifacts(run.info.run_id, "evaluation", str(tmp_path))
+        kept, ours = Path(copy), project.artifacts / "evaluate" / place
+        assert {f.name: f.read_bytes() for f in kept.iterdir()} == {
+            f.name: f.read_bytes() for f in ours.iterdir()
+        }
+        shutil.rmtree(kept)
+
+
+def test_the_outcomes_are_those_of_the_last_evaluation(project: Project) -> None:
+    project.register()
+    first = version("challenger")
+    project.evaluate_merge("average", 0.3)
+    project.register()
+    again = version("challenger")
+    assert again.version == first.version
+    (newest,) = [run for run in runs()[5:] if run.info.run_name == "cauchy"]
+    assert again.tags["poemerge.evaluation"] == newest.info.run_id != first.run_id
+
+
+def test_key_and_sources_are_with_the_version(project: Project) -> None:
+    project.register(key="abc", sources={"base": "c0ffee"})
+    assert version("challenger").tags["poemerge.key"] == "abc"
+    assert json.loads(version("challenger").tags["poemerge.sources"]) == {"base": "c0ffee"}
+    assert not project.register(key="abd", sources={"base": "c0ffef"})
+    assert version("challenger").tags["poemerge.key"] == "abd"
+    assert json.loads(version("challenger").tags["poemerge.sources"]) == {"base": "c0ffef"}
+
+
 def test_a_new_best_is_challenger_and_the_champion_stays(project: Project) -> None:
     project.register()
-    first = version("champion")
+    client().set_registered_model_alias("tiny-merged", "champion", "1")
     project.evaluate_merge("average", 0.9)
     assert project.register()
-    assert version("champion").version == first.version
+    assert str(version("champion").version) == "1"
     assert version("challenger").tags["poemerge.method"] == "average_poe"
 
 
@@ -217,14 +240,14 @@ def test_another_database_is_filled_although_the_output_is_current(
     shutil.copy(database, "other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path('other.db').resolve()}")
     assert project.register()
-    assert version("champion").tags["poemerge.method"] == "cauchy_poe"
+    assert version("challenger").tags["poemerge.method"] == "cauchy_poe"
     assert not project.register()
 
 
 def test_copy_puts_the_bytes_into_mlflow(project: Project) -> None:
     shutil.rmtree(".dvc")
     assert project.register(store="copy")
-    assert Path(version("champion").source, "model.safetensors").read_text() == "robust weights"
+    assert Path(version("challenger").source, "model.safetensors").read_text() == "robust weights"
     made = json.loads((project.artifacts / "register/registration.json").read_text())
     assert made["source"] == ""
 
@@ -247,10 +270,10 @@ for uri in sys.argv[1:]:
     return done.stdout.splitlines()
 
 
-def test_a_fresh_process_downloads_the_champion(project: Project) -> None:
+def test_a_fresh_process_downloads_it(project: Project) -> None:
     project.register()
     shutil.rmtree(project.artifacts / "merge")
-    folder = "models:/tiny-merged@champion"
+    folder = "models:/tiny-merged@challenger"
     assert downloaded(folder, f"{folder}/model.safetensors") == ["robust weights"] * 2
 
 
@@ -266,46 +289,21 @@ def test_a_fresh_process_elsewhere_needs_the_variable(project: Project, tmp_path
 @pytest.fixture
 def server(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`mlflow server` on a free loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", "sqlite:///mlflow.db", "--workers", "1"]
-    env = os.environ | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with Path("server.log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait(lambda: urllib.request.urlopen(f"{uri}/health", timeout=1).close())
+    with mlflow_server(Path.cwd()) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
-
-
-def _wait(probe: Callable[[], None]) -> None:
-    for _ in range(120):
-        try:
-            return probe()
-        except OSError:
-            time.sleep(0.25)
-    pytest.fail(Path("server.log").read_text())
 
 
 def test_the_same_over_a_server(project: Project, server: str) -> None:
     assert project.register()
     assert not project.register()
-    assert version("champion").version == "1"
-    assert version("champion").source.startswith("dvc://artifacts/merge/cauchy/")
+    assert version("challenger").version == "1"
+    assert version("challenger").source.startswith("dvc://artifacts/merge/cauchy/")
     project.evaluate_merge("average", 0.9)
     assert project.register(store="copy")
     assert version("challenger").source.startswith("mlflow-artifacts:/")
-    champion, challenger = "models:/tiny-merged@champion", "models:/tiny-merged@challenger"
-    assert downloaded(champion, f"{champion}/model.safetensors", challenger) == [
+    first, challenger = "models:/tiny-merged/1", "models:/tiny-merged@challenger"
+    assert downloaded(first, f"{first}/model.safetensors", challenger) == [
         *("robust weights", "robust weights", "mean weights")
     ]
 
