@@ -1,5 +1,6 @@
 """MLflow as all who record runs need it: where it is, an experiment, a run with an end."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -44,8 +45,9 @@ def connected() -> Iterator[Any]:
 
     uri = tracking_uri()
     try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        with _alone(uri):
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
         yield client
     except MlflowException as error:
         reason = " ".join(str(error).split())
@@ -53,10 +55,31 @@ def connected() -> Iterator[Any]:
         raise SourceError(message) from error
 
 
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: two that make the tables of a new SQLite file disturb each other."""
+    _, is_file, database = uri.partition("sqlite:///")
+    if not is_file:
+        yield
+        return
+    with Path(f"{database}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed even where the holder is killed
+        yield
+
+
 def experiment_id(client: Any, name: str) -> str:
     """Id of the experiment of that name, made where there is none."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - as above
+
     known = client.get_experiment_by_name(name)
-    return known.experiment_id if known else client.create_experiment(name, tags=EXPERIMENT)
+    if known is None:
+        try:
+            return str(client.create_experiment(name, tags=EXPERIMENT))
+        except MlflowException:  # another process was quicker, unless it is still not there
+            known = client.get_experiment_by_name(name)
+            if known is None:
+                raise
+    return str(known.experiment_id)
 
 
 @contextmanager
