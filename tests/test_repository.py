@@ -15,13 +15,8 @@ from poemerge.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHARED = {
-    "dvc_store",
-    "paired",
-    "seq2seq",
-    "sweep",
-    "tracking",
-}  # what stands beside the stages in tasks/
+# what stands beside the stages in tasks/
+SHARED = {"dvc_store", "paired", "seq2seq", "sweep", "tracking", "versions"}
 
 
 def _keys(path: str) -> list[str]:

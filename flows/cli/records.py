@@ -28,7 +28,7 @@ def lineage(ref: str, *, as_json: bool) -> None:
     from poemerge.lineage import Lineage
 
     if ref.startswith("models:/"):
-        from tasks.register.registry import registered_lineage
+        from tasks.versions import registered_lineage
 
         record: Lineage | None = registered_lineage(ref)
     else:

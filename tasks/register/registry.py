@@ -4,26 +4,21 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.time import get_current_time_millis
 
-from poemerge.errors import SourceError
 from poemerge.lineage import RECORD, Lineage, Source, digest
 from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Cost, Row, Sweep
-from tasks.tracking import connected, ending, experiment_id, flat, tracking_uri
+from tasks.tracking import connected, ending, experiment_id, flat
+from tasks.versions import BASE, CHALLENGER, CHAMPION, DIGEST, METHOD, OVERRIDES, find
 
-DIGEST = "poemerge.digest"
 LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
-CHALLENGER, CHAMPION = "challenger", "champion"
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
 
 
@@ -75,30 +70,10 @@ def _in_dvc(model: Path, base: str) -> str:
         return reference.put(model, beside).uri
 
 
-def registered_lineage(ref: str) -> Lineage:
-    """The record inside a registered model.
-
-    Args:
-        ref: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Raises:
-        SourceError: there is no such version, or its bytes cannot be had.
-    """
-    with connected(), TemporaryDirectory() as folder:
-        mlflow.set_registry_uri(tracking_uri())
-        file = mlflow.artifacts.download_artifacts(
-            f"{ref}/{RECORD}", dst_path=folder, tracking_uri=tracking_uri()
-        )
-        found = Lineage.find(Path(file).parent)
-    if found is None:
-        raise SourceError(f"{ref} holds no {RECORD}; it was not made by poemerge.")
-    return found
-
-
 def holds(name: str, digest: str) -> bool:
     """True if MLflow has a version of `name` with exactly these bytes."""
     with connected() as client:
-        return _find(client, name, digest) is not None
+        return find(client, name, digest) is not None
 
 
 def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
@@ -106,7 +81,7 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
     board = sweep.board
     tags = {
         "poemerge.stage": "register",
-        "poemerge.overrides": " ".join(sweep.overrides),
+        OVERRIDES: " ".join(sweep.overrides),
         LEADERBOARD: digest(board.as_json()),
     }
     with connected() as client:
@@ -117,18 +92,13 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
             client.log_figure(parent, heatmap(board), "leaderboard.png")
             client.log_batch(parent, metrics=_metrics(board.best, Cost()))
             runs = [_candidate(client, place, parent, row, sweep) for row in board.rows]
-            version = _find(client, entry.name, entry.digest)
+            version = find(client, entry.name, entry.digest)
             if version is None:
                 version = _create(client, entry, runs[board.rows.index(board.best)], sweep)
         number = str(version.version)  # int from SQL, str over REST
         client.set_registered_model_alias(entry.name, CHALLENGER, number)
         if CHAMPION not in client.get_registered_model(entry.name).aliases:
             client.set_registered_model_alias(entry.name, CHAMPION, number)
-
-
-def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
-    found = client.search_model_versions(f"name = '{name}' and tag.`{DIGEST}` = '{digest}'")
-    return min(found, key=lambda version: int(version.version), default=None)
 
 
 @contextmanager
@@ -146,7 +116,7 @@ def _candidate(client: MlflowClient, place: str, parent: str, row: Row, sweep: S
         "mlflow.parentRunId": parent,
         "poemerge.kind": row.kind,
         "poemerge.stage": made.stage if made else "fetch",
-        "poemerge.method": params.get("method", row.kind),
+        METHOD: params.get("method", row.kind),
     }
     if made:
         tags[DIGEST] = digest(dict(made.outputs))
@@ -180,9 +150,9 @@ def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> Model
         source = f"{client.get_run(run).info.artifact_uri}/{COPY}"
     tags = {
         DIGEST: entry.digest,
-        "poemerge.method": entry.method,
-        "poemerge.base": entry.base,
-        "poemerge.overrides": " ".join(sweep.overrides),
+        METHOD: entry.method,
+        BASE: entry.base,
+        OVERRIDES: " ".join(sweep.overrides),
     }
     return client.create_model_version(
         entry.name,

@@ -1,0 +1,126 @@
+"""What a registered version carries, and how one is found: for all who read or move versions."""
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from poemerge.errors import SourceError
+from poemerge.lineage import RECORD, Lineage
+from tasks.tracking import connected, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+DIGEST = "poemerge.digest"  # sha256 over the folder's files; one digest has one version
+KEY = "poemerge.key"  # sha256 of the resolved sources, the parameters and the code
+SOURCES = "poemerge.sources"  # JSON: name → what it resolved to
+CANDIDATE = "poemerge.candidate"  # label of the merge
+METHOD = "poemerge.method"
+BASE = "poemerge.base"  # what was merged into, as the user wrote it
+OVERRIDES = "poemerge.overrides"  # `a.b=c` settings that params.yaml does not have
+
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # aliases
+
+SCHEME = "models:/"
+REF = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<number>\d+))")
+
+
+def is_ref(text: str) -> bool:
+    """True if `text` means a registered version, as opposed to a folder."""
+    return text.startswith(SCHEME)
+
+
+def uri(version: "ModelVersion") -> str:
+    """The reference that always means this version."""
+    return f"{SCHEME}{version.name}/{version.version}"
+
+
+def resolve(client: Any, ref: str) -> "ModelVersion":
+    """The version that a reference means now.
+
+    Args:
+        client: of MLflow.
+        ref: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        SourceError: it is no reference, or there is no such model, alias or version.
+    """
+    parts = REF.fullmatch(ref)
+    if parts is None:
+        message = f"{ref} is no reference; write models:/NAME@ALIAS or models:/NAME/VERSION."
+        raise SourceError(message)
+    name, alias, number = parts["name"], parts["alias"], parts["number"]
+    found = aliased(client, name, alias) if alias else numbered(client, name, number)
+    if found is None:
+        known = [each.version for each in every(client, name)]
+        there = f"it has versions {', '.join(map(str, known))}" if known else "it has no version"
+        aliases = ", ".join(aliases_of(client, name))
+        there += f" and aliases {aliases}" if aliases else ""
+        raise SourceError(f"MLflow at {tracking_uri()} has no {ref}: {there}.")
+    return found
+
+
+def every(client: Any, name: str) -> "list[ModelVersion]":
+    """All versions of a model, oldest first; none where there is no such model."""
+    return _search(client, f"name = '{name}'")
+
+
+def find(client: Any, name: str, digest: str) -> "ModelVersion | None":
+    """The version that holds exactly these bytes."""
+    return next(iter(_search(client, f"name = '{name}' and tag.`{DIGEST}` = '{digest}'")), None)
+
+
+def newest(client: Any, name: str) -> "ModelVersion | None":
+    """The version that was registered last."""
+    return next(reversed(every(client, name)), None)
+
+
+def numbered(client: Any, name: str, number: int | str) -> "ModelVersion | None":
+    """The version of that number."""
+    return next((v for v in every(client, name) if str(v.version) == str(number)), None)
+
+
+def aliased(client: Any, name: str, alias: str) -> "ModelVersion | None":
+    """The version that an alias means now."""
+    number = aliases_of(client, name).get(alias)
+    return None if number is None else client.get_model_version(name, number)
+
+
+def aliases_of(client: Any, name: str) -> dict[str, str]:
+    """Alias → number, as text; empty where there is no such model."""
+    models = client.search_registered_models(f"name = '{name}'")
+    return {alias: str(number) for model in models for alias, number in model.aliases.items()}
+
+
+def registered_lineage(ref: str) -> Lineage:
+    """The record inside a registered model.
+
+    Args:
+        ref: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        SourceError: there is no such version, or its bytes cannot be had.
+    """
+    with connected() as client, TemporaryDirectory() as folder:
+        import mlflow  # noqa: PLC0415 - 1 s, and only once it is calm
+
+        mlflow.set_registry_uri(tracking_uri())
+        version = resolve(client, ref)
+        file = mlflow.artifacts.download_artifacts(
+            f"{uri(version)}/{RECORD}", dst_path=folder, tracking_uri=tracking_uri()
+        )
+        found = Lineage.find(Path(file).parent)
+    if found is None:
+        raise SourceError(f"{ref} holds no {RECORD}; it was not made by poemerge.")
+    return found
+
+
+def _search(client: Any, query: str) -> "list[ModelVersion]":
+    found, token = [], None
+    while True:
+        page = client.search_model_versions(query, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda version: int(version.version))
