@@ -12,7 +12,9 @@ from prefect.tasks import Task
 from flows import versioning
 from flows.params import load, read
 from flows.places import PLAIN, Places
+from flows.sharing import share
 from flows.steps import STAGES, Step, steps
+from tasks.dvc_store.remote import check_remote
 
 PER_STEP = ("merge",)  # one DVC stage for each step
 
@@ -20,13 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 @flow(name="poemerge", persist_result=True, result_serializer="json")
-def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def pipeline(
+    params: str = "params.yaml", overrides: Sequence[str] = (), *, push: bool = False
+) -> dict[str, Any]:
     """Fetch, compare, merge, evaluate and register what `params` says.
 
     Args:
         params: path of the parameter file; what differs from params.yaml, which DVC reads, gets a
             place of its own, and dvc.lock stays as it is.
         overrides: `a.b=c` settings for this run alone; likewise.
+        push: bring what was made to the DVC remote.
 
     Returns:
         See `Places.outcome`.
@@ -39,6 +44,8 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
     places = Places(load(path, overrides), load(PLAIN))
     if places.is_plain:
         versioning.check()
+    if push:
+        check_remote()
     made = []
     for stage in STAGES:
         todo = list(steps(stage, places, tuple(overrides)))
@@ -48,6 +55,8 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
         made += [step.name for step in run_stage(stage, todo)]
         if places.is_plain:
             versioning.commit(_dvc_names(stage, todo), tree)
+    if push:
+        share(places)
     return places.outcome(made)
 
 

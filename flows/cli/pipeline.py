@@ -14,7 +14,8 @@ from flows.cli.options import device_option, params_option, resolve, set_option
 @params_option
 @set_option
 @click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
-def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
+@click.option("--push", is_flag=True, help="Then push what was made to the DVC remote.")
+def run(params: Path, overrides: Sequence[str], *, save: bool, push: bool) -> None:
     """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register, report.
 
     What is up to date is not done again. With --set, params.yaml and dvc.lock stay as they are
@@ -31,8 +32,11 @@ def run(params: Path, overrides: Sequence[str], *, save: bool) -> None:
     start_logging()
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
+    from flows.prefect_server import asked
 
-    show_outcome(pipeline(str(params), list(overrides)))
+    with asked():
+        outcome = pipeline(str(params), list(overrides), push=push)
+    show_outcome(outcome)
 
 
 @click.command()
@@ -54,10 +58,12 @@ def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save
     load(params, overrides)
     start_logging()
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
+    from flows.prefect_server import asked
     from flows.sweep import sweep as search
     from flows.sweep_table import show_sweep
 
-    outcome = search(str(params), list(overrides), list(labels))
+    with asked():
+        outcome = search(str(params), list(overrides), list(labels))
     show_sweep(outcome)
     if save:
         entries = outcome["winners"].items()
