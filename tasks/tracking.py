@@ -3,13 +3,17 @@
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from poemerge.errors import SourceError
 
+SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
+VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
@@ -29,7 +33,7 @@ def calm_down() -> None:
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
+    return os.environ.get(VARIABLE) or f"sqlite:///{Path(DATABASE).resolve()}"
 
 
 @contextmanager
@@ -50,9 +54,22 @@ def connected() -> Iterator[Any]:
             client.search_experiments(max_results=1)
         yield client
     except MlflowException as error:
+        raise SourceError(_sentence(uri, error)) from error
+
+
+def _sentence(uri: str, error: Any) -> str:
+    """What MLflow refused and what to do, without the password that a URI may hold."""
+    status = error.get_http_status_code()
+    if status == HTTPStatus.UNAUTHORIZED or "error code 401" in str(error):
+        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        text = f"MLflow at {uri} does not know who asks; {cure}."
+    elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
+        text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
+    else:
         reason = " ".join(str(error).split())
-        message = f"MLflow at {uri} refused ({reason}); mend it, or set MLFLOW_TRACKING_URI."
-        raise SourceError(message) from error
+        text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
+    return SECRET.sub("//", text)
 
 
 @contextmanager
@@ -62,7 +79,12 @@ def _alone(uri: str) -> Iterator[None]:
     if not is_file:
         yield
         return
-    with Path(f"{database}.lock").open("w") as lock:
+    try:
+        lock = Path(f"{database}.lock").open("w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        message = f"{database}.lock cannot be written ({error}); mend it, or set {VARIABLE}."
+        raise SourceError(message) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed even where the holder is killed
         yield
 

@@ -36,7 +36,7 @@ def digest(model):
 
 found = {}
 for name in sys.argv[2:]:
-    uri = f"models:/{name}@champion"
+    uri = f"models:/{name}@challenger"
     loaded = mlflow.pyfunc.load_model(uri)
     set_seed(0)
     parts = mlflow.transformers.load_model(uri, return_type="components")
@@ -54,7 +54,7 @@ def digest(model: Any) -> str:
 
 
 def load(*names: str) -> dict[str, Any]:
-    """Champions of these names as a fresh process in the working directory loads them."""
+    """Challengers of these names as a fresh process in the working directory loads them."""
     command = [sys.executable, "-c", LOAD, json.dumps(TEXTS), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -130,7 +130,7 @@ def test_from_sqlite(project: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{project}/mlflow.db")
     client.create_registered_model("two-sided")
     client.create_model_version("two-sided", source)
-    client.set_registered_model_alias("two-sided", "champion", "1")
+    client.set_registered_model_alias("two-sided", "challenger", "1")
     found = load("pointed", "copied", "two-sided")
     check(found["pointed"], model)
     check(found["copied"], model)
@@ -143,7 +143,7 @@ def test_over_a_server(project: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         model = register_as("far-pointed", "dvc")
         register_as("far-copied", "copy")
         found = load("far-pointed", "far-copied")
-        record = MlflowClient(url).get_model_version_by_alias("far-copied", "champion")
+        record = MlflowClient(url).get_model_version_by_alias("far-copied", "challenger")
     check(found["far-pointed"], model)
     check(found["far-copied"], model)
     assert record.tags["poemerge.digest"] == Source.of("model", model).digest
