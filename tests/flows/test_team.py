@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -43,13 +43,16 @@ class Team:
     Attributes:
         folder: where they run; the clones and env files are made in it.
         places: what stands on the page → what stands for it here.
+        used: titles of the blocks that were followed so far.
     """
 
     folder: Path
     places: dict[str, str]
     said: str = ""
+    used: set[str] = field(default_factory=set)
 
     def block(self, title: str) -> str:
+        self.used.add(title)
         text = BLOCKS[title]
         for name, value in self.places.items():
             text = text.replace(name, value)
@@ -209,6 +212,10 @@ def test_without_a_remote_a_push_is_refused_before_any_work(team: Team) -> None:
     assert refused.returncode == 1
     assert "has no default DVC remote to push to; add one: `dvc remote add -d" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_nothing_on_the_page_is_left_out(team: Team) -> None:
+    assert team.used | {"reader"} == set(BLOCKS)  # a test of its own follows that one
 
 
 def test_no_password_is_anywhere(team: Team) -> None:
