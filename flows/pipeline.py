@@ -17,7 +17,9 @@ from flows.places import Places
 from flows.promote import after_run
 from flows.queue import turn
 from flows.selection import find_places
+from flows.sharing import share
 from flows.steps import STAGES, Step, steps
+from tasks.dvc_store.remote import check_remote
 from tasks.progress import watched_by, watching
 
 PER_STEP = ("merge",)  # one DVC stage for each step
@@ -28,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 @flow(name="poemerge", persist_result=True, result_serializer="json")
 def pipeline(
-    params: str = "params.yaml", overrides: Sequence[str] = (), *, force: bool = False
+    params: str = "params.yaml",
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    push: bool = False,
 ) -> dict[str, Any]:
     """Fetch, compare, merge, evaluate and register what `params` says, if anything moved.
 
@@ -37,6 +43,7 @@ def pipeline(
             place of its own, and dvc.lock stays as it is.
         overrides: `a.b=c` settings for this run alone; likewise.
         force: look at every stage, though nothing moved since the last complete run.
+        push: bring what was made to the DVC remote, before anything is promoted.
 
     Returns:
         See `Places.outcome`; `promotion`: see `after_run`. Where there was nothing to do, in a
@@ -50,9 +57,13 @@ def pipeline(
     places = find_places(path, overrides)
     if places.is_plain:
         versioning.check()
+    if push:
+        check_remote()
     standing = changes.look(places)
     logger.info("%s", standing)
     if standing.is_current and not force:
+        if push:
+            share(places)
         nothing = places.outcome([])
         # For whom calls the flow, Prefect takes the data out of the state.
         return Completed(name=UP_TO_DATE, message=str(standing), data=nothing)  # type: ignore[return-value]
@@ -60,6 +71,8 @@ def pipeline(
     limit = places.params.schedule.timeout if places.params.schedule else None
     with at_most(limit), turn(places.params.devices), watched_by(*watching(), artifacts.Steps()):
         made = _run(places, tree, tuple(overrides))
+        if push:
+            share(places)
         promotion = after_run(places, trial=bool(overrides))
         changes.conclude(places)
     outcome = places.outcome(made) | {"promotion": promotion}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
@@ -21,6 +21,8 @@ from tasks.dvc_store.reference import repository
 GRAPH = "dvc.yaml"
 PATIENCE = 120.0  # seconds to wait while another DVC process holds the stage
 PAUSE = 0.5  # seconds between two tries
+
+T = TypeVar("T")
 
 
 def check() -> None:
@@ -51,6 +53,17 @@ def commit(stages: Iterable[str], params: Mapping[str, Any]) -> None:
         for stage in stages:
             _check_params(_load(repo, stage), params)
             _patiently(partial(_commit, repo, f"{GRAPH}:{stage}"))
+
+
+def push() -> int:
+    """Bring the outputs that dvc.lock names to the DVC remote; how many objects it lacked.
+
+    Raises:
+        SettingError: there is no repository.
+        SourceError: the remote refused, or DVC stays locked.
+    """
+    with _repository() as repo:
+        return _patiently(partial(_push, repo))
 
 
 @contextmanager
@@ -101,7 +114,17 @@ def _commit(repo: Any, target: str) -> None:
             raise SourceError(message)
 
 
-def _patiently(action: Callable[[], None]) -> None:
+def _push(repo: Any) -> int:
+    try:
+        return int(repo.push())
+    except LockError:
+        raise
+    except (DvcException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"DVC could not push ({reason}); mend the DVC remote.") from error
+
+
+def _patiently(action: Callable[[], T]) -> T:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

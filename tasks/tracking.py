@@ -1,20 +1,24 @@
 """MLflow as all who record runs need it: where it is, an experiment, a run with an end."""
 
+import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from poemerge.errors import SourceError
 
+SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
+VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -30,7 +34,7 @@ def calm_down() -> None:
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
+    return os.environ.get(VARIABLE) or f"sqlite:///{Path(DATABASE).resolve()}"
 
 
 @contextmanager
@@ -46,19 +50,59 @@ def connected() -> Iterator[Any]:
 
     uri = tracking_uri()
     try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        with _alone(uri):
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
         yield client
     except MlflowException as error:
+        raise SourceError(_sentence(uri, error)) from error
+
+
+def _sentence(uri: str, error: Any) -> str:
+    """What MLflow refused and what to do, without the password that a URI may hold."""
+    status = error.get_http_status_code()
+    if status == HTTPStatus.UNAUTHORIZED or "error code 401" in str(error):
+        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        text = f"MLflow at {uri} does not know who asks; {cure}."
+    elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
+        text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
+    else:
         reason = " ".join(str(error).split())
-        message = f"MLflow at {uri} refused ({reason}); mend it, or set MLFLOW_TRACKING_URI."
+        text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
+    return SECRET.sub("//", text)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: two that make the tables of a new SQLite file disturb each other."""
+    _, is_file, database = uri.partition("sqlite:///")
+    if not is_file:
+        yield
+        return
+    try:
+        lock = Path(f"{database}.lock").open("w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        message = f"{database}.lock cannot be written ({error}); mend it, or set {VARIABLE}."
         raise SourceError(message) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed even where the holder is killed
+        yield
 
 
 def experiment_id(client: Any, name: str) -> str:
     """Id of the experiment of that name, made where there is none."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - as above
+
     known = client.get_experiment_by_name(name)
-    return known.experiment_id if known else client.create_experiment(name, tags=EXPERIMENT)
+    if known is None:
+        try:
+            return str(client.create_experiment(name, tags=EXPERIMENT))
+        except MlflowException:  # another process was quicker, unless it is still not there
+            known = client.get_experiment_by_name(name)
+            if known is None:
+                raise
+    return str(known.experiment_id)
 
 
 @contextmanager

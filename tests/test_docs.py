@@ -38,7 +38,7 @@ def read(page: str) -> str:
 
 def blocks(page: str, language: str = "") -> list[str]:
     """The code blocks of a page in one language; none named is the shell."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", read(page), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```$", read(page), flags=re.DOTALL | re.MULTILINE)
     return [code for spoken, code in found if spoken == language]
 
 

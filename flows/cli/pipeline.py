@@ -15,7 +15,8 @@ from flows.cli.options import device_option, params_option, resolve, set_option
 @set_option
 @click.option("--save", is_flag=True, help="Write the --set values into the parameter file first.")
 @click.option("--force", is_flag=True, help="Look at every stage, though nothing moved.")
-def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> None:
+@click.option("--push", is_flag=True, help="Then push what was made to the DVC remote.")
+def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool, push: bool) -> None:
     """Run the whole pipeline: fetch, task_vectors, merge, evaluate, register, report.
 
     Where sources, parameters, code and data are those of the last complete run, it ends at once;
@@ -28,22 +29,23 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool) -> N
     from flows.decision_table import show_promotion
     from flows.overrides import save_overrides
     from flows.params import load
-    from flows.places import PLAIN, Places
+    from flows.selection import find_places
 
     load(params, overrides)
     if save:
         save_overrides(params, overrides)
         overrides = ()
     start_logging()
-    standing = look(Places(load(params, overrides), load(PLAIN)))
-    if standing.is_current and not force:
+    standing = look(find_places(params, overrides))
+    if standing.is_current and not (force or push):
         click.echo(str(standing))
         return
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
+    from flows.prefect_server import asked
 
-    with bars():
-        outcome = pipeline(str(params), list(overrides), force=force)
+    with bars(), asked():
+        outcome = pipeline(str(params), list(overrides), force=force, push=push)
     show_outcome(outcome)
     if outcome.get("promotion"):
         show_promotion(outcome["promotion"])
@@ -68,10 +70,12 @@ def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save
     load(params, overrides)
     start_logging()
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
+    from flows.prefect_server import asked
     from flows.sweep import sweep as search
     from flows.sweep_table import show_sweep
 
-    outcome = search(str(params), list(overrides), list(labels))
+    with asked():
+        outcome = search(str(params), list(overrides), list(labels))
     show_sweep(outcome)
     if save:
         entries = outcome["winners"].items()

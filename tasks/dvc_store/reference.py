@@ -1,7 +1,7 @@
 """References to folders in the DVC cache.
 
-The path in a reference is for people, the hash decides: it is the one that `dvc.lock` has for that
-output, so a reference never changes its meaning, whatever stands at the path today.
+The path in a reference is for people, the hash decides: for a folder alone it is the one that
+`dvc.lock` has for that output. A reference never changes its meaning, whatever stands at the path.
 """
 
 import logging
@@ -106,8 +106,12 @@ def repository() -> Iterator[Any]:
         yield repo
 
 
-def put(folder: Path) -> Reference:
+def put(folder: Path, beside: Path | None = None) -> Reference:
     """Bring `folder` into the DVC cache, as `dvc commit` would, and leave dvc.lock alone.
+
+    Args:
+        folder: inside the DVC repository.
+        beside: a folder anywhere, whose files the reference has as if they lay in `folder`.
 
     Raises:
         SettingError: there is no DVC repository.
@@ -118,17 +122,28 @@ def put(folder: Path) -> Reference:
         if not place.is_relative_to(root):
             message = f"{place} lies outside the DVC repository {root}; move it inside."
             raise SourceError(message)
-        cache = repo.cache.local
-        try:
-            staging, _, tree = build(cache, os.fspath(place), localfs, "md5", ignore=repo.dvcignore)
-            failed = transfer(staging, cache, {tree.hash_info}, shallow=False).failed
-        except OSError as error:
-            message = f"{folder} could not get into {cache.path} ({error}); mend that folder."
-            raise SourceError(message) from error
-        if failed:
-            message = f"{folder} could not get into {cache.path}; is the disk full or read-only?"
-            raise SourceError(message)
-        return Reference(place.relative_to(root).as_posix(), tree.hash_info.value)
+        tree = Tree()
+        for part in (place, beside) if beside else (place,):
+            for key, meta, info in _add(repo, part):
+                tree.add(key, meta, info)
+        tree.digest()
+        repo.cache.local.add(tree.path, tree.fs, tree.oid)
+        return Reference(place.relative_to(root).as_posix(), tree.oid)
+
+
+def _add(repo: Any, folder: Path) -> Tree:
+    """Bring the files of `folder` into the cache; what they are called and hold."""
+    cache = repo.cache.local
+    try:
+        staging, _, tree = build(cache, os.fspath(folder), localfs, "md5", ignore=repo.dvcignore)
+        failed = transfer(staging, cache, {tree.hash_info}, shallow=False).failed
+    except OSError as error:
+        message = f"{folder} could not get into {cache.path} ({error}); mend that folder."
+        raise SourceError(message) from error
+    if failed:
+        message = f"{folder} could not get into {cache.path}; is the disk full or read-only?"
+        raise SourceError(message)
+    return tree
 
 
 def contents(reference: Reference) -> dict[str, Blob]:

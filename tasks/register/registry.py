@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -12,6 +13,7 @@ from mlflow.utils.time import get_current_time_millis
 
 from poemerge.lineage import RECORD, Lineage, Source, digest
 from tasks.dvc_store import reference
+from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Cost, Row, Sweep
 from tasks.tracking import connected, ending, experiment_id, flat
@@ -71,9 +73,14 @@ class Entry:
 def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> Entry:
     """Describe the best merge of a sweep, its bytes brought to where MLflow can point."""
     best = sweep.board.best
-    source = reference.put(sweep.merges[best.label]).uri if store == "dvc" else ""
+    source = _in_dvc(sweep.merges[best.label], base) if store == "dvc" else ""
     method = (model.parent or {})["params"].get("method", best.label)
     return Entry(name, best.label, method, base, model.digest, source, best.summary())
+
+
+def _in_dvc(model: Path, base: str) -> str:
+    with company(model, base) as beside:
+        return reference.put(model, beside).uri
 
 
 def mark(name: str, digest: str, tags: Mapping[str, str]) -> bool:
@@ -156,7 +163,10 @@ def _metrics(row: Row, cost: Cost) -> list[Metric]:
 def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> ModelVersion:
     source = entry.source
     if not source:
-        client.log_artifacts(run, os.fspath(sweep.merges[entry.candidate]), COPY)
+        model = sweep.merges[entry.candidate]
+        with company(model, entry.base) as beside:
+            for folder in (model, beside):
+                client.log_artifacts(run, os.fspath(folder), COPY)
         source = f"{client.get_run(run).info.artifact_uri}/{COPY}"
     tags = {
         DIGEST: entry.digest,

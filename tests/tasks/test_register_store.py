@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from dvc.repo import Repo
 from poemerge.errors import SettingError, SourceError
 from tasks.dvc_store.artifacts import DvcArtifactRepository
 from tasks.dvc_store.reference import Reference, contents, put
+from tasks.dvc_store.remote import check_remote, push
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "extra/100%.txt": "deep"}
 
@@ -86,17 +88,48 @@ def test_a_cache_that_cannot_be_written_is_refused(project: Path) -> None:
         put(Path("artifacts/merge/ties"))
 
 
-def test_missing_content_is_pulled_from_the_remote(project: Path) -> None:
-    reference = put(Path("artifacts/merge/ties"))
+def add_remote(project: Path) -> None:
     with Repo() as repo, repo.config.edit() as config:
         config["remote"]["store"] = {"url": str(project.parent / "remote")}
         config["core"]["remote"] = "store"
+
+
+def test_missing_content_is_pulled_from_the_remote(project: Path) -> None:
+    reference = put(Path("artifacts/merge/ties"))
+    add_remote(project)
     with Repo() as repo:
         repo.commit("merge", force=True)
         repo.push()
     for path in cached(project):
         path.unlink()
     assert {name: blob.path.read_text() for name, blob in contents(reference).items()} == FILES
+
+
+def test_a_reference_has_what_lies_beside_and_is_pushed_whole(project: Path) -> None:
+    beside = project.parent / "beside"
+    (beside / "deep").mkdir(parents=True)
+    more = {"MLmodel": "flavors", "deep/model.safetensors": "weights"}
+    for name, text in more.items():
+        (beside / name).write_text(text)
+    reference = put(Path("artifacts/merge/ties"), beside)
+    add_remote(project)
+    check_remote()
+    assert push(reference) == len({*FILES.values(), *more.values()}) + 1  # blobs, and the tree
+    assert push(reference) == 0
+    shutil.rmtree(project / ".dvc/cache")
+    found = {name: blob.path.read_text() for name, blob in contents(reference).items()}
+    assert found == FILES | more
+
+
+def test_a_push_without_a_remote_is_one_sentence(project: Path) -> None:
+    reference = put(Path("artifacts/merge/ties"))
+    with pytest.raises(SettingError, match="no default DVC remote to push to; add one: `dvc rem"):
+        push(reference)
+    with Repo() as repo, repo.config.edit() as config:
+        config["remote"]["store"] = {"url": "/proc/nobody/writes/here"}
+        config["core"]["remote"] = "store"
+    with pytest.raises(SourceError, match=r"could not be pushed .* mend the DVC remote"):
+        push(reference)
 
 
 def test_missing_content_without_a_remote_is_one_sentence(project: Path) -> None:
@@ -107,9 +140,7 @@ def test_missing_content_without_a_remote_is_one_sentence(project: Path) -> None
 
 
 def test_content_that_the_remote_lacks_too(project: Path) -> None:
-    with Repo() as repo, repo.config.edit() as config:
-        config["remote"]["store"] = {"url": str(project.parent / "remote")}
-        config["core"]["remote"] = "store"
+    add_remote(project)
     with pytest.raises(SourceError, match="neither in the DVC cache nor in its remote"):
         contents(Reference("artifacts/merge/ties", "0" * 32 + ".dir"))
 
