@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flows.cli import models, pipeline, records
+from flows.cli import models, operations, pipeline, records
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -67,5 +67,6 @@ for _command in (
     records.methods,
     pipeline.report,
     records.lineage,
+    operations.deploy,
 ):
     main.add_command(_command)
