@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import urlsplit
+from zoneinfo import available_timezones
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -20,7 +21,6 @@ from prefect.server.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.process import ProcessWorker
-from pydantic import ValidationError
 
 from flows.params import ScheduleParams, load, read
 from poemerge.errors import SettingError, SourceError
@@ -125,17 +125,19 @@ def _dates(schedule: ScheduleParams, count: int) -> list[datetime]:
 
 
 def _check(params: Path, schedule: ScheduleParams) -> None:
+    where = f"{params}: schedule"
+    if schedule.timezone not in available_timezones():
+        raise SettingError(
+            f"{where}.timezone is {schedule.timezone!r}, no time zone; write an IANA name, such as "
+            "Europe/Berlin or UTC."
+        )
     try:
         _dates(schedule, 1)
     except ValueError as error:
-        details = error.errors() if isinstance(error, ValidationError) else ()
-        wrong = str(details[0]["loc"][0]) if details else "cron"
-        form = {
-            "cron": 'no moment of a cron line; write minute hour day month weekday, as "0 3 * * *"',
-            "timezone": "no time zone; write an IANA name, such as Europe/Berlin or UTC",
-        }
-        message = f"{params}: schedule.{wrong} is {getattr(schedule, wrong)!r}, {form[wrong]}."
-        raise SettingError(message) from error
+        raise SettingError(
+            f"{where}.cron is {schedule.cron!r}, which never comes; write minute hour day month "
+            'weekday, such as "0 3 * * *".'
+        ) from error
 
 
 def _make_pool(client: SyncPrefectClient, name: str) -> None:

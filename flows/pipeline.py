@@ -10,6 +10,7 @@ from prefect.futures import wait
 from prefect.tasks import Task
 
 from flows import versioning
+from flows.console import OURS
 from flows.params import load, read
 from flows.places import PLAIN, Places
 from flows.steps import STAGES, Step, steps
@@ -34,6 +35,8 @@ def pipeline(params: str = "params.yaml", overrides: Sequence[str] = ()) -> dict
     Raises:
         PoemergeError: something was refused.
     """
+    for name in OURS:  # in a worker nobody else does, and Prefect's log would lack our lines
+        logging.getLogger(name).setLevel(logging.INFO)
     path = Path(params)
     tree = read(path)
     places = Places(load(path, overrides), load(PLAIN))
