@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, cast
-from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 import httpx
@@ -22,6 +21,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.process import ProcessWorker
 
+from flows.addresses import without_secret
 from flows.params import ScheduleParams, load, read
 from poemerge.errors import SettingError, SourceError
 
@@ -179,10 +179,3 @@ def connected() -> Iterator[SyncPrefectClient]:
     except (httpx.HTTPError, RuntimeError) as error:
         message = f"Prefect at {without_secret(url)} cannot be used ({error}); is it running?"
         raise SourceError(message) from error
-
-
-def without_secret(url: str) -> str:
-    """Scheme, host and port, and a dot where there was more: paths and queries may be secret."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{'/…' if parts.path.strip('/') or parts.query else ''}"

@@ -68,5 +68,6 @@ for _command in (
     pipeline.report,
     records.lineage,
     operations.deploy,
+    operations.doctor,
 ):
     main.add_command(_command)

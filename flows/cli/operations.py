@@ -1,5 +1,8 @@
 """Commands around a running system: deploy, doctor."""
 
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,3 +62,19 @@ def _apply(wanted: "Deployment", notify: str | None) -> None:
     click.echo(f"deployed: {PREFECT_UI_URL.value()}/deployments/deployment/{identity}")
     runs = [f"{run:%a %d %b %Y %H:%M %Z}" for run in wanted.next_runs(ANNOUNCED)]
     click.echo(f"next runs: {', '.join(runs)}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The findings as a list.")
+def doctor(*, as_json: bool) -> None:
+    """Say what is set up here, what is missing, and what to do about it; exit 1 on a problem."""
+    from flows.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        from flows.doctor_table import show_findings
+
+        show_findings(findings)
+    sys.exit(any(finding.status == "problem" for finding in findings))
