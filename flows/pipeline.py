@@ -17,7 +17,7 @@ from flows.steps import STAGES, Step, steps
 
 PER_STEP = ("merge",)  # one DVC stage for each step
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flows.pipeline")  # Prefect loads this file under a name of its own
 
 
 @flow(name="poemerge", persist_result=True, result_serializer="json")

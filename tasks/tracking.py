@@ -41,14 +41,15 @@ def connected() -> Iterator[Any]:
     calm_down()
     from mlflow import MlflowClient  # noqa: PLC0415 - 1 s, and only once it is calm
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
     uri = tracking_uri()
     try:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
         yield client
-    except MlflowException as error:
-        reason = " ".join(str(error).split())
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = " ".join(str(error).partition("[SQL:")[0].split())
         message = f"MLflow at {uri} refused ({reason}); mend it, or set MLFLOW_TRACKING_URI."
         raise SourceError(message) from error
 
