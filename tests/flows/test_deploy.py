@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -36,6 +37,7 @@ from ruamel.yaml import YAML
 from flows.addresses import without_secret
 from flows.cli import QUIET, main
 from flows.deploy import Deployment
+from flows.doctor.services import prefect
 from tests.flows.conftest import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -162,8 +164,7 @@ def fired(running: Running) -> FlowRun:
 def test_it_says_where_when_and_how_to_stop(running: Running) -> None:
     said = running.output()
     identity = running.client.read_deployment_by_name(LABEL).id
-    ui = str(PREFECT_API_URL.value()).removesuffix("/api")
-    assert f"deployed: {ui}/deployments/deployment/{identity}" in said
+    assert f"deployed: {ui()}/deployments/deployment/{identity}" in said
     assert re.search(r"next runs: (\w{3} \d\d \w{3} \d{4} \d\d:\d\d UTC(, |\n)){3}", said)
     assert "Ctrl-C stops the worker and the server" in said
     assert SECRET not in said
@@ -194,15 +195,29 @@ def test_our_lines_are_in_prefects_log(running: Running, fired: FlowRun) -> None
 
 
 def test_success_and_failure_are_told(running: Running, fired: FlowRun) -> None:
-    failing = run_deployment(LABEL, parameters={"params": "nowhere.yaml"}, timeout=0)
-    failed = running.reaches(failing, StateType.FAILED, StateType.CRASHED)
-    assert "nowhere.yaml" in failed.state.message
-    for run, end in ((fired, "Completed"), (failed, "Failed")):
-        words = f"{LABEL}, run {run.name}: {end} "
-        line = until(
-            lambda w=words: [x for x in running.heard.read_text().splitlines() if w in x], words
-        )
-        assert line[0].endswith(f"/runs/flow-run/{run.id}")
+    """Of runs by hand: those due within minutes of their deployment are told late (schedule.md)."""
+    for params, end in (("params.yaml", "Completed"), ("nowhere.yaml", "Failed")):
+        run = run_deployment(LABEL, parameters={"params": params}, timeout=0)
+        ended = running.reaches(run, StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)
+        assert ended.state_name == end
+        words = f"{LABEL}, run {run.name}: {end} {ui()}/runs/flow-run/{run.id}"
+        until(lambda words=words: words in running.heard.read_text().splitlines(), words)
+    assert "nowhere.yaml" in ended.state.message
+
+
+def test_the_page_shows_these_commands(running: Running) -> None:
+    page = (ROOT / "docs/schedule.md").read_text()
+    shown = re.findall(r"^ExecStart=\S+ (-m prefect .*)$", page, re.MULTILINE)
+    port = urlsplit(ui()).port
+    run = [
+        " ".join(child.cmdline()[1:]) for child in psutil.Process(running.process.pid).children()
+    ]
+    assert sorted(line.replace("4200", str(port)) for line in shown) == sorted(run)
+
+
+def test_the_doctor_finds_the_server(running: Running) -> None:
+    (found,) = prefect()
+    assert (found.status, found.said) == ("ok", f"{ui()}/api answers, anonymously")
 
 
 def test_prefect_deploy_makes_the_same(running: Running, fired: FlowRun) -> None:
@@ -228,18 +243,19 @@ def test_prefect_deploy_makes_the_same(running: Running, fired: FlowRun) -> None
 def test_a_second_deploy_updates_the_first(running: Running, fired: FlowRun) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(running.project)
-        wanted = Deployment.find(Path("params.yaml"), name="twice")
-        first = wanted.apply(running.client)
-        Path("monthly.yaml").write_text(
-            Path("params.yaml")
-            .read_text()
-            .replace(EVERY_NIGHT, EVERY_NIGHT.replace("* * *", "1 * *"))
-        )
-        again = Deployment.find(Path("monthly.yaml"), name="twice").apply(running.client)
-    assert first == again
+        every_month = EVERY_NIGHT.replace("* * *", "1 * *")
+        text = Path("params.yaml").read_text().partition("schedule:")[0]
+        Path("monthly.yaml").write_text(text + every_month)
+        for params in ("params.yaml", "monthly.yaml"):
+            arguments = ["deploy", "--name", "twice", "--pool", "ours", "--params", params]
+            done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+            assert done.exit_code == 0
+            assert "prefect worker start --pool ours --type process" in done.output
     found = running.client.read_deployment_by_name("poemerge/twice")
+    assert f"deployed: {ui()}/deployments/deployment/{found.id}" in done.output
     assert [entry.schedule.cron for entry in found.schedules] == ["0 3 1 * *"]
     assert found.parameters["params"] == "monthly.yaml"
+    assert running.client.read_work_pool("ours").type == "process"
 
 
 def test_a_run_is_cancelled_by_the_api(running: Running, fired: FlowRun) -> None:
@@ -264,6 +280,10 @@ def test_ctrl_c_leaves_nothing_running(running: Running, fired: FlowRun) -> None
     assert [process for process in family if process.is_running()] == []
     assert running.output().endswith("stopped\n")
     assert running.client.api_healthcheck() is not None
+
+
+def ui() -> str:
+    return str(PREFECT_API_URL.value()).removesuffix("/api")
 
 
 class TestWithoutServer:
