@@ -26,7 +26,6 @@ from flows.params import ScheduleParams, load, read
 from poemerge.errors import SettingError, SourceError
 
 TEMPLATE = Path("prefect.yaml")
-API = "PREFECT_API_URL"
 
 
 @dataclass(frozen=True)
@@ -164,18 +163,23 @@ def connected() -> Iterator[SyncPrefectClient]:
     """
     url = PREFECT_API_URL.value()
     if not url:
-        raise SettingError(f"no Prefect server is named; set {API}, or use --local.")
+        raise SettingError("no Prefect server is named; set PREFECT_API_URL, or use --local.")
+    server = f"Prefect at {without_secret(url)}"
     try:
         with get_client(sync_client=True) as client:
+            if unwell := client.api_healthcheck():
+                raise SourceError(
+                    f"{server} cannot be reached ({type(unwell).__name__}); start it, or correct "
+                    "PREFECT_API_URL."
+                )
             client.raise_for_api_version_mismatch()
             yield client
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
-        message = f"Prefect at {without_secret(url)} answers with status {status}"
-        advice = (
-            "set PREFECT_API_AUTH_STRING" if status == httpx.codes.UNAUTHORIZED else "see its log"
-        )
-        raise SourceError(f"{message}; {advice}.") from error
-    except (httpx.HTTPError, RuntimeError) as error:
-        message = f"Prefect at {without_secret(url)} cannot be used ({error}); is it running?"
-        raise SourceError(message) from error
+        denied = status == httpx.codes.UNAUTHORIZED
+        advice = "set PREFECT_API_AUTH_STRING" if denied else "its log says why"
+        raise SourceError(f"{server} answers with status {status}; {advice}.") from error
+    except httpx.HTTPError as error:
+        raise SourceError(f"{server} broke off ({type(error).__name__}); try again.") from error
+    except RuntimeError as error:
+        raise SourceError(f"{server} does not fit this Prefect: {error}.") from error

@@ -20,7 +20,9 @@ ANNOUNCED = 3  # runs
 @params_option
 @click.option("--name", help="Of the deployment. [as in prefect.yaml]")
 @click.option("--pool", help="Work pool, made where there is none. [as in prefect.yaml]")
-@click.option("--notify", metavar="URL", help="POST there how each run ends.")
+@click.option(
+    "--notify", metavar="URL", envvar="POEMERGE_NOTIFY", help="POST there how each run ends."
+)
 @click.option(
     "--local", is_flag=True, help="Run a server and a worker here as well, until Ctrl-C stops them."
 )

@@ -38,6 +38,7 @@ from flows.addresses import without_secret
 from flows.cli import QUIET, main
 from flows.deploy import Deployment
 from flows.doctor.services import prefect
+from flows.local import server
 from tests.flows.conftest import make_project
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,8 @@ def running(tmp_path_factory: pytest.TempPathFactory, zoo) -> Iterator[Running]:
         patch.setenv("RECEIVER_SECRET", SECRET)
         hook = f"http://127.0.0.1:{port}/prefect/{SECRET}"
         receiver = [str(ROOT / "examples/notifications/receiver.py"), "--port", str(port)]
-        deploy = ["-m", "flows.cli", "deploy", "--local", "--notify", hook]
+        patch.setenv("POEMERGE_NOTIFY", hook)
+        deploy = ["-m", "flows.cli", "deploy", "--local"]
         with (
             spawned(receiver, folder, heard),
             spawned(deploy, project, said) as process,
@@ -215,6 +217,12 @@ def test_the_page_shows_these_commands(running: Running) -> None:
     assert sorted(line.replace("4200", str(port)) for line in shown) == sorted(run)
 
 
+def test_a_server_that_runs_is_found(running: Running) -> None:
+    with server() as process:
+        assert process is None
+    assert running.client.api_healthcheck() is None
+
+
 def test_the_doctor_finds_the_server(running: Running) -> None:
     (found,) = prefect()
     assert (found.status, found.said) == ("ok", f"{ui()}/api answers, anonymously")
@@ -227,7 +235,10 @@ def test_prefect_deploy_makes_the_same(running: Running, fired: FlowRun) -> None
         patch.chdir(running.project)
         Deployment.find(Path("params.yaml"), name="ours").apply(running.client)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, cwd=running.project, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PREFECT_API_URL": f"{ui()}/api"}
+    done = subprocess.run(
+        command, cwd=running.project, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     def made(name: str) -> dict[str, Any]:
@@ -346,7 +357,7 @@ class TestWithoutServer:
         port = free_port()
         with temporary_settings({PREFECT_API_URL: f"http://me:{SECRET}@127.0.0.1:{port}/api"}):
             said = self.refusal()
-        assert f"Prefect at http://127.0.0.1:{port}/api cannot be used" in said
+        assert f"Prefect at http://127.0.0.1:{port}/api cannot be reached" in said
         assert SECRET not in said
 
     def test_local_means_this_machine(

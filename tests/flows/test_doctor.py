@@ -274,7 +274,12 @@ def test_a_check_that_hangs_or_breaks_costs_a_line() -> None:
 
 def test_the_command_ends_though_a_server_is_silent(project: Path, silent: str) -> None:
     command = [sys.executable, "-m", "flows.cli", "doctor"]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"http://me:{SECRET}@{silent}"}
+    address = f"http://me:{SECRET}@{silent}"
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": address,
+        "PREFECT_API_URL": f"{address}/api",
+    }
     ran = [
         subprocess.run(
             [*command, *more],
@@ -292,7 +297,8 @@ def test_the_command_ends_though_a_server_is_silent(project: Path, silent: str) 
     assert {"packages", "device", "MLflow", "Prefect", "DVC", "git", "project"} <= {
         finding["name"] for finding in findings
     }
-    assert [finding["name"] for finding in findings if finding["status"] == "problem"] == ["MLflow"]
+    problems = [finding["name"] for finding in findings if finding["status"] == "problem"]
+    assert problems == ["MLflow", "Prefect"]
     assert "does not answer in 3 s" in ran[0].stdout
     assert "→ start it, or correct MLFLOW_TRACKING_URI" in ran[0].stdout
 
