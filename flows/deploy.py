@@ -182,4 +182,4 @@ def connected() -> Iterator[SyncPrefectClient]:
     except httpx.HTTPError as error:
         raise SourceError(f"{server} broke off ({type(error).__name__}); try again.") from error
     except RuntimeError as error:
-        raise SourceError(f"{server} does not fit this Prefect: {error}.") from error
+        raise SourceError(f"{server} refuses: {error}") from error

@@ -129,7 +129,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             told.add(member)
         with suppress(subprocess.TimeoutExpired):
             process.wait(PAUSE)
-    _, left = psutil.wait_procs(told, PAUSE)
+    _, left = psutil.wait_procs(told | _family(process.pid), PAUSE)
     for member in left:
         _signal(member, signal.SIGKILL)
     process.wait()

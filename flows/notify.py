@@ -13,7 +13,8 @@ from pydantic import SecretStr
 
 from poemerge.errors import SettingError
 
-ENDS = ("Completed", "Failed", "Crashed", "TimedOut")  # Prefect's names; cancelling needs no word
+# Prefect's names. Whoever cancels a run knows it, and of one that was up to date there is no word.
+ENDS = ("Completed", "Failed", "Crashed", "TimedOut")
 # `text` is what Slack, Mattermost and their like show.
 PAYLOAD = """\
 {% set run = event.resource["prefect.resource.name"] -%}
@@ -29,7 +30,7 @@ PAYLOAD = """\
 """
 
 
-def tell_of_ends(client: SyncPrefectClient, deployment: str, name: str, url: str) -> str:
+def tell_of_ends(client: SyncPrefectClient, deployment: str, name: str, url: str) -> None:
     """See that `url` gets a POST whenever a run of the deployment ends.
 
     The server calls it and keeps it encrypted, since such addresses are secrets themselves.
@@ -39,9 +40,6 @@ def tell_of_ends(client: SyncPrefectClient, deployment: str, name: str, url: str
         deployment: id.
         name: of the deployment; there is one webhook for each, and a new one replaces it.
         url: http or https.
-
-    Returns:
-        The automation's name.
 
     Raises:
         SettingError: `url` is no web address.
@@ -65,4 +63,3 @@ def tell_of_ends(client: SyncPrefectClient, deployment: str, name: str, url: str
         client.update_automation(known[0].id, automation)
     else:
         client.create_automation(automation)
-    return label

@@ -110,11 +110,16 @@ def spawned(arguments: list[str], cwd: Path, output: Path) -> Iterator[subproces
             process.wait(PATIENCE)
 
 
+def change(project: Path, keep: float) -> None:
+    """Give the next run something to do."""
+    params = project / "params.yaml"
+    params.write_text(re.sub(r"keep: [\d.]+", f"keep: {keep}", params.read_text()))
+
+
 @contextmanager
 def work_that_waits(project: Path, keep: float) -> Iterator[None]:
     """A run has something to do, and does not come to its end: it may not commit to DVC."""
-    params = project / "params.yaml"
-    params.write_text(re.sub(r"keep: [\d.]+", f"keep: {keep}", params.read_text()))
+    change(project, keep)
     with Repo(project) as repo, repo.lock:
         yield
 
@@ -198,6 +203,7 @@ def test_our_lines_are_in_prefects_log(running: Running, fired: FlowRun) -> None
 
 def test_success_and_failure_are_told(running: Running, fired: FlowRun) -> None:
     """Of runs by hand: those due within minutes of their deployment are told late (schedule.md)."""
+    change(running.project, keep=0.4)
     for params, end in (("params.yaml", "Completed"), ("nowhere.yaml", "Failed")):
         run = run_deployment(LABEL, parameters={"params": params}, timeout=0)
         ended = running.reaches(run, StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)
@@ -290,6 +296,8 @@ def test_ctrl_c_leaves_nothing_running(running: Running, fired: FlowRun) -> None
         assert running.process.wait(PATIENCE) == 0
     assert [process for process in family if process.is_running()] == []
     assert running.output().endswith("stopped\n")
+    log = (running.project / ".poemerge/log/prefect-server.log").read_text()
+    assert SECRET not in running.output() + log
     assert running.client.api_healthcheck() is not None
 
 
