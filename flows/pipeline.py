@@ -11,6 +11,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows import artifacts, changes, versioning
+from flows.console import OURS
 from flows.limits import at_most
 from flows.params import read
 from flows.places import Places
@@ -25,7 +26,7 @@ from tasks.progress import watched_by, watching
 PER_STEP = ("merge",)  # one DVC stage for each step
 UP_TO_DATE = "UpToDate"  # name of the Prefect state of a run that had nothing to do
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flows.pipeline")  # Prefect loads this file under a name of its own
 
 
 @flow(name="poemerge", persist_result=True, result_serializer="json")
@@ -52,6 +53,8 @@ def pipeline(
     Raises:
         PoemergeError: something was refused, or took longer than it may.
     """
+    for name in OURS:  # in a worker nobody else does, and Prefect's log would lack our lines
+        logging.getLogger(name).setLevel(logging.INFO)
     path = Path(params)
     tree = read(path)
     places = find_places(path, overrides)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -45,3 +47,25 @@ def device_id(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda-{torch.cuda.get_device_properties(device).uuid}"
     return device.type
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """The GPUs of this machine, as torch sees them.
+
+    Attributes:
+        cuda: version that torch is built for; None where it is built for CPUs alone.
+        names: of the GPUs, each with its memory.
+    """
+
+    cuda: str | None
+    names: tuple[str, ...]
+
+    @classmethod
+    def find(cls) -> Self:
+        """Ask torch."""
+        found = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        ]
+        names = tuple(f"{each.name}, {each.total_memory / 1e9:.0f} GB" for each in found)
+        return cls(torch.version.cuda, names)

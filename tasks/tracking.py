@@ -47,6 +47,7 @@ def connected() -> Iterator[Any]:
     calm_down()
     from mlflow import MlflowClient  # noqa: PLC0415 - 1 s, and only once it is calm
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
     uri = tracking_uri()
     try:
@@ -54,13 +55,13 @@ def connected() -> Iterator[Any]:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
         yield client
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise SourceError(_sentence(uri, error)) from error
 
 
 def _sentence(uri: str, error: Any) -> str:
     """What MLflow refused and what to do, without the password that a URI may hold."""
-    status = error.get_http_status_code()
+    status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else None
     if status == HTTPStatus.UNAUTHORIZED or "error code 401" in str(error):
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         text = f"MLflow at {uri} does not know who asks; {cure}."
@@ -68,7 +69,7 @@ def _sentence(uri: str, error: Any) -> str:
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
         text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
     else:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).partition("[SQL:")[0].split())
         text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
     return SECRET.sub("//", text)
 

@@ -17,7 +17,18 @@ from poemerge.methods import METHODS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what stands beside the stages in tasks/
-SHARED = {"dvc_store", "library", "paired", "progress", "promote", "provenance", "seq2seq", "sweep", "tracking", "versions"}
+SHARED = {
+    "dvc_store",
+    "library",
+    "paired",
+    "progress",
+    "promote",
+    "provenance",
+    "seq2seq",
+    "sweep",
+    "tracking",
+    "versions",
+}
 
 
 def _keys(path: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from flows.cli import library, models, pipeline, promotion, queue, records
+from flows.cli import library, models, operations, pipeline, promotion, queue, records
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -89,6 +89,8 @@ for _command in (
     promotion.promote,
     promotion.rollback,
     promotion.audit,
+    operations.deploy,
     queue.queue,
+    operations.doctor,
 ):
     main.add_command(_command)

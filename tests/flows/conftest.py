@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = ("poemerge", "tasks", "flows", "dvc.yaml", ".dvcignore", ".gitignore")
+CODE = ("poemerge", "tasks", "flows", "dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore")
 TASKS = ("red", "blue")
 MANY = ("task_arithmetic", "dare_ties", "gaussian_poe", "cauchy_poe")  # candidates beyond two
 
