@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 DIGEST = "poemerge.digest"  # sha256 over the folder's files; one digest has one version
+LOADER = "poemerge.loader"  # sha256 over the files that MLflow needs beside those, to load it
 KEY = "poemerge.key"  # sha256 of the resolved sources, the parameters and the code
 SOURCES = "poemerge.sources"  # JSON: name → what it resolved to
 CANDIDATE = "poemerge.candidate"  # label of the merge
@@ -33,8 +34,15 @@ PROMOTED = "poemerge.promoted"  # when, in UTC, and by whom
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # aliases
 
+BESIDE = ("MLmodel", "requirements.txt", "python_env.yaml", "components/")
+
 SCHEME = "models:/"
 REF = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<number>\d+))")
+
+
+def is_own(name: str) -> bool:
+    """True for a file of the model itself, as opposed to those that MLflow needs beside them."""
+    return not name.startswith(BESIDE)
 
 
 def is_ref(text: str) -> bool:

@@ -11,9 +11,9 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError
 
 from flows.addresses import without_secret
-from flows.cli.options import CACHE
 from flows.doctor.finding import Finding, problem, warning
 from flows.doctor.services import ask
+from flows.places import CACHE, cache
 from poemerge.errors import SettingError
 from tasks.dvc_store.reference import repository
 
@@ -100,7 +100,7 @@ def folders() -> Iterator[Finding]:
     """The places that are written to: may we, and is there room?"""
     places = {
         "project": Path.cwd(),
-        CACHE: Path(os.environ.get(CACHE, Path.home() / ".cache" / "poemerge")),
+        CACHE: cache(),
         "HF_HOME": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")),
         "PREFECT_HOME": Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect")),
     }

@@ -13,7 +13,7 @@ from poemerge.errors import PoemergeError, SourceError
 from poemerge.lineage import RECORD, Lineage, digest, sha256
 from tasks.paired import ITEMS, Outcomes
 from tasks.tracking import tracking_uri
-from tasks.versions import DIGEST, EVALUATION, EVALUATION_FOLDER, uri
+from tasks.versions import DIGEST, EVALUATION, EVALUATION_FOLDER, LOADER, is_own, uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -140,10 +140,15 @@ def damage(version: "ModelVersion") -> tuple[str, ...]:
             hashes = {n: sha256(path) for n, path in found.items() if Path(n).name != RECORD}
     except PoemergeError as error:
         return (str(error),)
-    now, then = digest(hashes), version.tags.get(DIGEST, "no hash")
-    if now == then:
-        return ()
-    return (f"{uri(version)} was registered with {then[:12]}, and its bytes are {now[:12]}.",)
+    parts = {DIGEST: {}, LOADER: {}}
+    for name, value in hashes.items():
+        parts[DIGEST if is_own(name) else LOADER][name] = value
+    found = {tag: (version.tags.get(tag), digest(part)) for tag, part in parts.items() if part}
+    return tuple(
+        f"{uri(version)} was registered with {(then or 'no hash')[:12]}, and its bytes are {now[:12]}."
+        for then, now in found.values()
+        if then != now
+    )
 
 
 def merge_report(version: "ModelVersion") -> Mapping[str, Any]:

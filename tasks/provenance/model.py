@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from poemerge.errors import PoemergeError, SettingError, SourceError
 from poemerge.lineage import RECORD, Lineage, digest
 from tasks.tracking import DATABASE, connected, tracking_uri
-from tasks.versions import DIGEST, is_ref, resolve, uri
+from tasks.versions import DIGEST, LOADER, is_ref, resolve, uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -29,6 +29,7 @@ class Model:
         files: relative path → file, of those that are there.
         record: what made it.
         registered: the digest that MLflow has of its version; empty where it is no version.
+        loader: likewise of the files beside the model's own.
     """
 
     ref: str
@@ -36,6 +37,7 @@ class Model:
     files: Mapping[str, Path]
     record: Lineage
     registered: str = ""
+    loader: str = ""
 
     @property
     def digest(self) -> str:
@@ -83,7 +85,8 @@ def _versioned(client: Any, ref: str, version: "ModelVersion") -> Iterator[Model
             record = _record(ref, files)
         except SourceError:  # its run in MLflow has the record too
             record = _logged(client, version, Path(scratch))
-        yield Model(ref, version.source, files, record, version.tags.get(DIGEST, ""))
+        stated = [version.tags.get(tag, "") for tag in (DIGEST, LOADER)]
+        yield Model(ref, version.source, files, record, *stated)
 
 
 def _bytes(client: Any, version: "ModelVersion", scratch: Path) -> Mapping[str, Path]:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from poemerge.lineage import RECORD, forget_hashes
+from poemerge.lineage import RECORD, digest, forget_hashes, sha256
 from tasks.provenance.model import Model, opened
 from tasks.provenance.search import Check, Reach, Search, State, compare
 from tasks.provenance.shelves import Shelves
+from tasks.versions import is_own
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ def verify(ref: str, reach: Reach) -> Verification:
 def _own(model: Model) -> Check:
     """The model's bytes against its record; its record against what was registered."""
     states = dict(compare(model.record.outputs, model.files))
-    for name in model.files.keys() - {RECORD}:
+    beside = {n: p for n, p in model.files.items() if model.registered and not is_own(n)}
+    for name in model.files.keys() - beside.keys() - {RECORD}:
         states.setdefault(name, "changed")  # a file that its record does not know
+    whole = digest({name: sha256(path) for name, path in beside.items()}) == model.loader
+    states |= dict.fromkeys(beside, "intact" if whole else "changed")
     if RECORD not in model.files:
         states[RECORD] = "missing"
     elif model.registered:

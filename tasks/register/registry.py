@@ -4,14 +4,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.time import get_current_time_millis
 
-from poemerge.lineage import RECORD, Lineage, Source, digest
+from poemerge.lineage import RECORD, Lineage, Source, digest, hash_files
 from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
@@ -24,6 +23,7 @@ from tasks.versions import (
     DIGEST,
     EVALUATION,
     EVALUATION_FOLDER,
+    LOADER,
     MERGE,
     METHOD,
     OVERRIDES,
@@ -45,6 +45,7 @@ class Entry:
         method: that made it.
         base: what was merged into.
         digest: sha256 over the folder's files; one digest has one version.
+        loader: sha256 over the files beside them, by which MLflow loads it.
         source: `dvc://` reference, or empty to copy the folder into MLflow.
         scores: split → task, `mean` and `normalised` → score.
     """
@@ -54,6 +55,7 @@ class Entry:
     method: str
     base: str
     digest: str
+    loader: str
     source: str
     scores: Mapping[str, Mapping[str, float]]
 
@@ -73,14 +75,12 @@ class Entry:
 def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> Entry:
     """Describe the best merge of a sweep, its bytes brought to where MLflow can point."""
     best = sweep.board.best
-    source = _in_dvc(sweep.merges[best.label], base) if store == "dvc" else ""
+    folder = sweep.merges[best.label]
+    with company(folder, base) as beside:
+        source = reference.put(folder, beside).uri if store == "dvc" else ""
+        loader = digest(hash_files(beside))
     method = (model.parent or {})["params"].get("method", best.label)
-    return Entry(name, best.label, method, base, model.digest, source, best.summary())
-
-
-def _in_dvc(model: Path, base: str) -> str:
-    with company(model, base) as beside:
-        return reference.put(model, beside).uri
+    return Entry(name, best.label, method, base, model.digest, loader, source, best.summary())
 
 
 def mark(name: str, digest: str, tags: Mapping[str, str]) -> bool:
@@ -170,6 +170,7 @@ def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> Model
         source = f"{client.get_run(run).info.artifact_uri}/{COPY}"
     tags = {
         DIGEST: entry.digest,
+        LOADER: entry.loader,
         CANDIDATE: entry.candidate,
         METHOD: entry.method,
         BASE: entry.base,
