@@ -140,14 +140,14 @@ def damage(version: "ModelVersion") -> tuple[str, ...]:
             hashes = {n: sha256(path) for n, path in found.items() if Path(n).name != RECORD}
     except PoemergeError as error:
         return (str(error),)
-    parts = {DIGEST: {}, LOADER: {}}
-    for name, value in hashes.items():
-        parts[DIGEST if is_own(name) else LOADER][name] = value
-    found = {tag: (version.tags.get(tag), digest(part)) for tag, part in parts.items() if part}
+    beside = {name: value for name, value in hashes.items() if not is_own(name)}
+    own = {name: value for name, value in hashes.items() if is_own(name)}
+    now = {DIGEST: digest(own), LOADER: digest(beside)}
+    then = {tag: version.tags.get(tag, digest({})) for tag in now}
     return tuple(
-        f"{uri(version)} was registered with {(then or 'no hash')[:12]}, and its bytes are {now[:12]}."
-        for then, now in found.values()
-        if then != now
+        f"{uri(version)} was registered with {then[tag][:12]}, and its bytes are {now[tag][:12]}."
+        for tag in now
+        if now[tag] != then[tag]
     )
 
 
