@@ -118,12 +118,19 @@ class Search:
                 yield from self.below(parent, check.role, (held,) if held else ())
 
     def find(self, source: Source, role: tuple[str, ...], copies: tuple[Path, ...] = ()) -> Found:
-        """The best that there is of a source."""
+        """The first place that has a source whole; else the first that has anything of it.
+
+        A folder that was trained again since is no fault of what was made from its fetched copy.
+        """
+        parts = []
         for places in self._places(source, role, copies):
             found = [found_at(source, role, place, files) for place, files in places]
             if some := [each for each in found if each.check.where]:
-                return max(some, key=lambda each: len(each.check.having("intact")))
-        return found_at(source, role, "", {})
+                best = max(some, key=lambda each: len(each.check.having("intact")))
+                if best.check.state == "intact":
+                    return best
+                parts.append(best)
+        return parts[0] if parts else found_at(source, role, "", {})
 
     def _places(
         self, source: Source, role: tuple[str, ...], copies: tuple[Path, ...]
