@@ -1,6 +1,5 @@
 """The register stage: build the leaderboard, choose the best merge, hand it to MLflow."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,14 @@ from tasks.register.leaderboard import (
     KINDS,
     SPLITS,
     Choice,
+    Comparison,
     Kind,
     Scores,
-    Sweep,
     leaderboard,
     read_costs,
     read_scores,
 )
 from tasks.tracking import calm_down
-from tasks.versions import KEY, SOURCES
 
 FORMAT = "poemerge/registration/2"  # raise it when the files of this stage change their meaning
 
@@ -43,14 +41,12 @@ def register(
     store: Literal["dvc", "copy"],
     params: Mapping[str, Any],
     overrides: Sequence[str] = (),
-    key: str = "",
-    sources: Mapping[str, str] | None = None,
 ) -> bool:
     """Choose the best merge on validation and register it as a version of the model `name`.
 
-    MLflow gets a run for the sweep, a run below it for every candidate with its outcomes on every
-    item, and one version for each content: bytes that it has already are only named challenger
-    again. What is live does not change (promote).
+    MLflow gets a run for all together, a run below it for every candidate with its outcomes on
+    every item, and one version for each content: bytes that it has already are only named
+    challenger again. What is live does not change (promote).
 
     Args:
         base: folder of the base, for its name in the description.
@@ -65,8 +61,6 @@ def register(
         store: dvc points MLflow to the DVC cache; copy copies the weights into MLflow.
         params: effective parameters of the whole run, for the record in MLflow.
         overrides: `a.b=c` settings that params.yaml does not have, for the record in MLflow.
-        key: sha256 of resolved sources, parameters and code, for the version; empty for none.
-        sources: name → what it resolved to, for the version.
 
     Returns:
         True if something was registered, False if all of it was there already.
@@ -93,22 +87,21 @@ def register(
         (*(Source.of(" ".join(key), folder) for key, folder in folders.items()), model),
     )
     models = {label: Path(folder) for label, folder in merges.items()}
-    tags = ({KEY: key} if key else {}) | ({SOURCES: json.dumps(dict(sources))} if sources else {})
-    sweep = Sweep(board, models, read_costs(logs), params, tuple(overrides), folders, tags)
+    compared = Comparison(board, models, read_costs(logs), params, tuple(overrides), folders)
 
     calm_down()
     from tasks.register import registry  # noqa: PLC0415  MLflow, DVC and matplotlib: 2 s
 
     def announce(folder: Path | None = None) -> None:
-        entry = registry.entry(sweep, model, name=name, base=_title(Path(base)), store=store)
+        entry = registry.entry(compared, model, name=name, base=_title(Path(base)), store=store)
         if folder is not None:
             write_json(folder / "leaderboard.json", board.as_json())
             write_json(folder / "registration.json", {"format": FORMAT, **asdict(entry)})
-        registry.record(experiment, entry, sweep)
+        registry.record(experiment, entry, compared)
 
     if produce(Path(out), record, announce):
         return True
-    if registry.mark(name, model.digest, tags):
+    if registry.holds(name, model.digest):
         return False
     announce()  # the output is current, but MLflow's database was deleted or is another one
     return True

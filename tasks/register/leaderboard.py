@@ -104,7 +104,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Comparison:
     """What one registration compares, and what MLflow is told besides.
 
     Attributes:
@@ -113,7 +113,6 @@ class Sweep:
         params: effective parameters of the whole pipeline.
         overrides: `a.b=c` settings that params.yaml does not have.
         evaluations: (kind, label) → folder of the outcomes, item by item.
-        tags: of the version, besides those that say what it is.
     """
 
     board: Leaderboard
@@ -122,7 +121,6 @@ class Sweep:
     params: Mapping[str, Any]
     overrides: tuple[str, ...]
     evaluations: Mapping[tuple[Kind, str], Path]
-    tags: Mapping[str, str]
 
 
 def leaderboard(

@@ -14,7 +14,7 @@ from poemerge.lineage import RECORD, Lineage, Source, digest, hash_files
 from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
-from tasks.register.leaderboard import Cost, Row, Sweep
+from tasks.register.leaderboard import Comparison, Cost, Row
 from tasks.tracking import connected, ending, experiment_id, flat
 from tasks.versions import (
     BASE,
@@ -72,10 +72,10 @@ class Entry:
         return words
 
 
-def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> Entry:
-    """Describe the best merge of a sweep, its bytes brought to where MLflow can point."""
-    best = sweep.board.best
-    folder = sweep.merges[best.label]
+def entry(compared: Comparison, model: Source, *, name: str, base: str, store: str) -> Entry:
+    """Describe the best merge of a compared, its bytes brought to where MLflow can point."""
+    best = compared.board.best
+    folder = compared.merges[best.label]
     with company(folder, base) as beside:
         source = reference.put(folder, beside).uri if store == "dvc" else ""
         loader = digest(hash_files(beside))
@@ -83,21 +83,18 @@ def entry(sweep: Sweep, model: Source, *, name: str, base: str, store: str) -> E
     return Entry(name, best.label, method, base, model.digest, loader, source, best.summary())
 
 
-def mark(name: str, digest: str, tags: Mapping[str, str]) -> bool:
-    """Tag the version of `name` that has exactly these bytes; False if MLflow has none."""
+def holds(name: str, digest: str) -> bool:
+    """True if MLflow has a version of `name` with exactly these bytes."""
     with connected() as client:
-        version = find(client, name, digest)
-        if version is not None:
-            _tag(client, version, tags)
-        return version is not None
+        return find(client, name, digest) is not None
 
 
-def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
+def record(experiment: str, entry: Entry, compared: Comparison) -> None:
     """Log all candidates and register the best, the challenger."""
-    board = sweep.board
+    board = compared.board
     tags = {
         "poemerge.stage": "register",
-        OVERRIDES: " ".join(sweep.overrides),
+        OVERRIDES: " ".join(compared.overrides),
         LEADERBOARD: digest(board.as_json()),
     }
     with connected() as client:
@@ -105,20 +102,16 @@ def record(experiment: str, entry: Entry, sweep: Sweep) -> None:
         place = experiment_id(client, experiment)
         with _run(client, place, entry.name, tags) as parent:
             client.log_dict(parent, board.as_json(), "leaderboard.json")
-            client.log_dict(parent, dict(sweep.params), "params.yaml")
+            client.log_dict(parent, dict(compared.params), "params.yaml")
             client.log_figure(parent, heatmap(board), "leaderboard.png")
             client.log_batch(parent, metrics=_metrics(board.best, Cost()))
-            runs = [_candidate(client, place, parent, row, sweep) for row in board.rows]
+            runs = [_candidate(client, place, parent, row, compared) for row in board.rows]
             own = runs[board.rows.index(board.best)]
-            version = find(client, entry.name, entry.digest) or _create(client, entry, own, sweep)
+            version = find(client, entry.name, entry.digest) or _create(
+                client, entry, own, comparison
+            )
         client.set_registered_model_alias(entry.name, CHALLENGER, str(version.version))
-        _tag(client, version, {EVALUATION: own, **sweep.tags})
-
-
-def _tag(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:
-    for key, value in tags.items():
-        if version.tags.get(key) != value:
-            client.set_model_version_tag(version.name, str(version.version), key, value)
+        client.set_model_version_tag(entry.name, str(version.version), EVALUATION, own)
 
 
 @contextmanager
@@ -128,8 +121,10 @@ def _run(client: MlflowClient, place: str, name: str, tags: Mapping[str, str]) -
         yield run
 
 
-def _candidate(client: MlflowClient, place: str, parent: str, row: Row, sweep: Sweep) -> str:
-    folder = sweep.merges[row.label] if row.kind == "merge" else None
+def _candidate(
+    client: MlflowClient, place: str, parent: str, row: Row, compared: Comparison
+) -> str:
+    folder = compared.merges[row.label] if row.kind == "merge" else None
     made = Lineage.find(folder) if folder else None
     params = flat(made.params) if made else {}
     tags = {
@@ -141,13 +136,13 @@ def _candidate(client: MlflowClient, place: str, parent: str, row: Row, sweep: S
     if made:
         tags[DIGEST] = digest(dict(made.outputs))
     with _run(client, place, row.label, tags) as run:
-        cost = sweep.costs.get(row.label, Cost()) if made else Cost()
+        cost = compared.costs.get(row.label, Cost()) if made else Cost()
         logged = [Param(key, value) for key, value in params.items()]
         client.log_batch(run, metrics=_metrics(row, cost), params=logged)
         for file in (folder / RECORD, folder / "merge_report.json") if folder else ():
             if file.is_file():
                 client.log_artifact(run, os.fspath(file))
-        evaluation = sweep.evaluations[row.kind, row.label]
+        evaluation = compared.evaluations[row.kind, row.label]
         client.log_artifacts(run, os.fspath(evaluation), EVALUATION_FOLDER)
     return run
 
@@ -160,10 +155,10 @@ def _metrics(row: Row, cost: Cost) -> list[Metric]:
     return [Metric(key, float(value), now, 0) for key, value in values.items()]
 
 
-def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> ModelVersion:
+def _create(client: MlflowClient, entry: Entry, run: str, compared: Comparison) -> ModelVersion:
     source = entry.source
     if not source:
-        model = sweep.merges[entry.candidate]
+        model = compared.merges[entry.candidate]
         with company(model, entry.base) as beside:
             for folder in (model, beside):
                 client.log_artifacts(run, os.fspath(folder), COPY)
@@ -174,7 +169,7 @@ def _create(client: MlflowClient, entry: Entry, run: str, sweep: Sweep) -> Model
         CANDIDATE: entry.candidate,
         METHOD: entry.method,
         BASE: entry.base,
-        OVERRIDES: " ".join(sweep.overrides),
+        OVERRIDES: " ".join(compared.overrides),
     }
     return client.create_model_version(
         entry.name,

@@ -215,15 +215,6 @@ def test_the_outcomes_are_those_of_the_last_evaluation(project: Project) -> None
     assert again.tags["poemerge.evaluation"] == newest.info.run_id != first.run_id
 
 
-def test_key_and_sources_are_with_the_version(project: Project) -> None:
-    project.register(key="abc", sources={"base": "c0ffee"})
-    assert version("challenger").tags["poemerge.key"] == "abc"
-    assert json.loads(version("challenger").tags["poemerge.sources"]) == {"base": "c0ffee"}
-    assert not project.register(key="abd", sources={"base": "c0ffef"})
-    assert version("challenger").tags["poemerge.key"] == "abd"
-    assert json.loads(version("challenger").tags["poemerge.sources"]) == {"base": "c0ffef"}
-
-
 def test_a_new_best_is_challenger_and_the_champion_stays(project: Project) -> None:
     project.register()
     client().set_registered_model_alias("tiny-merged", "champion", "1")
