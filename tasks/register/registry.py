@@ -73,7 +73,7 @@ class Entry:
 
 
 def entry(compared: Comparison, model: Source, *, name: str, base: str, store: str) -> Entry:
-    """Describe the best merge of a compared, its bytes brought to where MLflow can point."""
+    """Describe the best merge of a comparison, its bytes brought to where MLflow can point."""
     best = compared.board.best
     folder = compared.merges[best.label]
     with company(folder, base) as beside:
@@ -108,7 +108,7 @@ def record(experiment: str, entry: Entry, compared: Comparison) -> None:
             runs = [_candidate(client, place, parent, row, compared) for row in board.rows]
             own = runs[board.rows.index(board.best)]
             version = find(client, entry.name, entry.digest) or _create(
-                client, entry, own, comparison
+                client, entry, own, compared
             )
         client.set_registered_model_alias(entry.name, CHALLENGER, str(version.version))
         client.set_model_version_tag(entry.name, str(version.version), EVALUATION, own)
