@@ -7,8 +7,9 @@ from flows import versioning
 from flows.places import Places
 from tasks.dvc_store.reference import SCHEME, Reference
 from tasks.dvc_store.remote import push
+from tasks.library import Expert
 from tasks.tracking import connected
-from tasks.versions import find
+from tasks.versions import find, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,18 @@ def share(places: Places) -> None:
     if source.startswith(f"{SCHEME}:"):
         count += push(Reference.parse(source)[0])
     logger.info("pushed %d objects to the DVC remote", count)
+
+
+def share_expert(expert: Expert) -> None:
+    """Push the bytes of an expert, so that other machines can merge it.
+
+    Raises:
+        SettingError: there is no remote.
+        SourceError: the remote refused, or MLflow.
+    """
+    with connected() as client:
+        source = resolve(client, expert.uri).source
+    logger.info("pushed %d objects to the DVC remote", push(Reference.parse(source)[0]))
 
 
 def _registered(places: Places) -> str:

@@ -27,6 +27,7 @@ def experts() -> None:
 @click.option("--base", metavar="SRC", help="What it was fine-tuned from. [fetch.base of --params]")
 @params_option
 @click.option("--no-score", "unscored", is_flag=True, help="Do not score it on its own task.")
+@click.option("--push", is_flag=True, help="Bring its bytes to the DVC remote too.")
 def add(
     source: str,
     task: str,
@@ -36,6 +37,7 @@ def add(
     params: Path,
     *,
     unscored: bool,
+    push: bool,
 ) -> None:
     """Add an expert: check that it is one of its base, score it on its own task, register it.
 
@@ -50,8 +52,11 @@ def add(
     if settings is not None:
         base = base or settings.fetch.base.source
     folder = local_folder(str(base))
-    from flows import library  # imports torch
+    from flows import library, sharing  # imports torch
+    from tasks.dvc_store.remote import check_remote
 
+    if push:
+        check_remote()
     expert, new = library.add(
         source,
         str(base),
@@ -61,6 +66,8 @@ def add(
         tags=parse_tags(tags),
         scoring=None if unscored or settings is None else settings.evaluate,
     )
+    if push:
+        sharing.share_expert(expert)
     score = "" if expert.score is None else f", {expert.score:.1%} on its own task"
     click.echo(f"{expert.uri}{'' if new else ' was there already'}{score}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from dvc.repo import Repo
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
@@ -18,7 +19,9 @@ from flows.pipeline import pipeline
 from flows.selection import find_places
 from flows.stage import main as stage
 from poemerge.errors import SettingError
+from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, produce
+from tasks.fetch import fetch
 from tests.flows.conftest import make_project
 
 EXPERTS = Path("data/experts")
@@ -195,6 +198,17 @@ def test_the_list(shelf: Path) -> None:
     assert (only["name"], only["base"], only["score"]) == ("blue", "data/base", None)
     assert "models:/blue/1 was removed" in poemerge("experts", "remove", "blue/1")
     assert "has no such expert" in poemerge("experts", "list", "--tag", "lang=en")
+
+
+def test_another_machine_has_what_was_pushed(shelf: Path, tmp_path: Path) -> None:
+    assert "has no default DVC remote" in add("red", "--push", code=1)
+    with Repo(".") as repo, repo.config.edit("repo") as config:
+        config["remote"] = {"team": {"url": str(tmp_path / "remote")}}
+        config["core"]["remote"] = "team"
+    add("red", "--push")
+    shutil.rmtree(".dvc/cache")
+    assert fetch.fn("red", "models:/red/1", "copy")
+    assert is_ready(Path("copy"))
 
 
 @pytest.mark.parametrize(
