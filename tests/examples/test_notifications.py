@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from cryptography.fernet import Fernet
 from mlflow import MlflowClient
 
 from flows.doctor.services import mlflow as examine
+from tests.servers import free_port
 
 FOLDER = Path(__file__).parents[2] / "examples" / "notifications"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -37,12 +37,6 @@ def until(done: Callable[[], object], what: str) -> None:
     while not done():
         assert time.monotonic() < deadline, f"no {what} in {PATIENCE:.0f} s"
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,6 +39,7 @@ from flows.deploy import Deployment
 from flows.doctor.services import prefect
 from flows.local import server
 from tests.flows.conftest import make_project
+from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0  # seconds; a busy machine takes its time
@@ -87,12 +87,6 @@ class Running:
             return now if now.state_type in kinds else None
 
         return until(look, f"{kinds} of {run.name}: {self.output()}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -2,14 +2,9 @@
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,38 +92,3 @@ def _template(database: Path) -> Path:
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
     return folder
-
-
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """`mlflow server` on the folder's database and a free loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", "sqlite:///mlflow.db", "--workers", "1"]
-    env = os.environ | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    log = folder / "server.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=stream, stderr=stream, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait(f"{uri}/health", log)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def _wait(url: str, log: Path) -> None:
-    for _ in range(720):  # a busy machine takes its time
-        try:
-            return urllib.request.urlopen(url, timeout=1).close()
-        except OSError:
-            time.sleep(0.25)
-    raise AssertionError(log.read_text())

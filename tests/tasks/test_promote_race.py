@@ -17,13 +17,13 @@ from tasks import promote
 from tasks.promote import evidence
 from tasks.tracking import connected
 from tasks.versions import resolve
+from tests.servers import mlflow_server
 from tests.tasks.registry import (
     NAME,
     TASKS,
     add_version,
     aliases,
     client,
-    mlflow_server,
     new_repository,
 )
 

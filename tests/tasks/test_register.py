@@ -16,7 +16,7 @@ from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, produce
 from tasks.register import register
 from tasks.register.leaderboard import Leaderboard
-from tests.tasks.registry import mlflow_server
+from tests.servers import mlflow_server
 
 TASKS = ("odd", "even")
 SETTINGS: dict[str, Any] = {
