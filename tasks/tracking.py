@@ -37,6 +37,11 @@ def tracking_uri() -> str:
     return os.environ.get(VARIABLE) or f"sqlite:///{Path(DATABASE).resolve()}"
 
 
+def shown_uri() -> str:
+    """The same without the name and password that it may hold."""
+    return SECRET.sub("//", tracking_uri())
+
+
 @contextmanager
 def connected() -> Iterator[Any]:
     """A client of MLFLOW_TRACKING_URI (default: mlflow.db here), its database initialised.

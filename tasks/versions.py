@@ -2,13 +2,10 @@
 
 import json
 import re
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD, Lineage
-from tasks.tracking import connected, tracking_uri
+from tasks.tracking import shown_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -76,7 +73,7 @@ def resolve(client: Any, ref: str) -> "ModelVersion":
         there = f"it has versions {', '.join(map(str, known))}" if known else "it has no version"
         aliases = ", ".join(aliases_of(client, name))
         there += f" and aliases {aliases}" if aliases else ""
-        raise SourceError(f"MLflow at {tracking_uri()} has no {ref}: {there}.")
+        raise SourceError(f"MLflow at {shown_uri()} has no {ref}: {there}.")
     return found
 
 
@@ -135,29 +132,6 @@ def made_from(client: Any, version: "ModelVersion") -> "list[ModelVersion]":
     return [
         v for v in found if any(s.startswith(mark) for s in json.loads(v.tags[SOURCES]).values())
     ]
-
-
-def registered_lineage(ref: str) -> Lineage:
-    """The record inside a registered model.
-
-    Args:
-        ref: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Raises:
-        SourceError: there is no such version, or its bytes cannot be had.
-    """
-    with connected() as client, TemporaryDirectory() as folder:
-        import mlflow  # noqa: PLC0415 - 1 s, and only once it is calm
-
-        mlflow.set_registry_uri(tracking_uri())
-        version = resolve(client, ref)
-        file = mlflow.artifacts.download_artifacts(
-            f"{uri(version)}/{RECORD}", dst_path=folder, tracking_uri=tracking_uri()
-        )
-        found = Lineage.find(Path(file).parent)
-    if found is None:
-        raise SourceError(f"{ref} holds no {RECORD}; it was not made by poemerge.")
-    return found
 
 
 def _search(client: Any, query: str) -> "list[ModelVersion]":

@@ -17,7 +17,7 @@ from tasks.fetch.dvc import open_content
 from tasks.fetch.layout import find_room, flat
 from tasks.fetch.local import open_folder
 from tasks.fetch.origin import Origin, UnreachableError
-from tasks.tracking import connected, tracking_uri
+from tasks.tracking import connected, shown_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -58,7 +58,7 @@ def _reached() -> Iterator[Any]:
             yield client
     except SourceError as error:
         if _is_network_fault(error.__cause__):
-            message = f"MLflow at {tracking_uri()} does not answer; see that its server runs."
+            message = f"MLflow at {shown_uri()} does not answer; see that its server runs."
             raise UnreachableError(message) from error
         raise
 
