@@ -17,8 +17,9 @@ from tasks.dvc_store.reference import Reference, contents
 from tasks.provenance.difference import differences
 from tasks.provenance.search import Check
 from tasks.provenance.verify import Verification
+from tasks.versions import is_own
 
-CHAMPION = "models:/tiny@champion"
+VERSION = "models:/tiny@challenger"
 WEIGHTS = "model.safetensors"
 
 
@@ -68,11 +69,11 @@ def by_role(found: Verification) -> dict[tuple[str, ...], Check]:
 class TestHistory:
     @pytest.mark.usefixtures("run")
     def test_a_version_has_everything_about_it(self) -> None:
-        made = history(CHAMPION)
+        made = history(VERSION)
         assert made.record == Lineage.find(merged())
         (version,) = made.versions
         assert version.uri == "models:/tiny/1"
-        assert version.aliases == ("challenger", "champion")
+        assert version.aliases == ("challenger",)
         assert version.source == registered()["source"]
         board = json.loads(Path("artifacts/register/leaderboard.json").read_text())
         best = next(row for row in board["rows"] if row["label"] == registered()["candidate"])
@@ -88,7 +89,7 @@ class TestHistory:
 
     @pytest.mark.usefixtures("run")
     def test_it_goes_down_to_the_sources(self) -> None:
-        sources = {source.name: below for source, below in history(CHAMPION).sources}
+        sources = {source.name: below for source, below in history(VERSION).sources}
         assert list(sources) == ["base", "red", "blue"]
         fetched = sources["red"]
         assert fetched.record.stage == "fetch"
@@ -102,7 +103,7 @@ class TestHistory:
     def test_every_kind_of_reference_means_the_same(self) -> None:
         told = [
             json.loads(json.dumps(history(ref).as_json()))
-            for ref in (CHAMPION, "models:/tiny/1", registered()["source"], str(merged()))
+            for ref in (VERSION, "models:/tiny/1", registered()["source"], str(merged()))
         ]
         assert all(each == told[0] for each in told)
         assert told[0]["digest"] == registered()["digest"]
@@ -111,7 +112,7 @@ class TestHistory:
     def test_a_version_that_lies_in_mlflow(self, tmp_path: Path) -> None:
         """Bytes and evaluation are artifacts of a run; no folder of the project is needed."""
         evaluation = Path("artifacts/evaluate/merges", registered()["candidate"])
-        here = history(CHAMPION)
+        here = history(VERSION)
         client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
         place = client.create_experiment("copies", artifact_location=str(tmp_path / "artifacts"))
         run = client.create_run(place).info
@@ -146,7 +147,7 @@ class TestHistory:
             body |= {"when": "2030-01-01T00:00:00+00:00", "who": "ann", "reason": "so"}
             tags = {"poemerge.decision.body": json.dumps(body)}
             client.create_model_version("tiny-decisions", "poemerge://decision/x", tags=tags)
-        (version,) = history(CHAMPION).versions
+        (version,) = history(VERSION).versions
         assert [decision["kind"] for decision in version.decisions] == ["promotion", "refusal"]
 
     def test_a_server_that_is_gone_leaves_out_versions(
@@ -205,9 +206,11 @@ class TestDifference:
 class TestVerify:
     @pytest.mark.usefixtures("run")
     def test_all_is_intact(self) -> None:
-        found = verify(CHAMPION)
+        found = verify(VERSION)
         assert found.problems == ()
-        assert set(found.own.files) == {path.name for path in merged().iterdir()}
+        own = {name for name in found.own.files if is_own(name)}
+        assert own == {path.name for path in merged().iterdir()}
+        assert {"MLmodel", "components/tokenizer/tokenizer.json"} < set(found.own.files) - own
         assert found.own.where == registered()["source"]
         roles = by_role(found)
         assert roles["red",].where == "artifacts/fetch/experts/red"
@@ -217,7 +220,7 @@ class TestVerify:
     @pytest.mark.usefixtures("mine")
     def test_bytes_in_the_cache_that_changed(self) -> None:
         spoil(blob(WEIGHTS))
-        found = verify(CHAMPION)
+        found = verify(VERSION)
         assert found.own.having("changed") == [WEIGHTS]
         assert found.problems == (f"{WEIGHTS} of {registered()['source']} is changed.",)
         assert verify(str(merged())).problems == ()
@@ -225,41 +228,43 @@ class TestVerify:
     @pytest.mark.usefixtures("mine")
     def test_bytes_in_the_cache_that_are_gone(self) -> None:
         blob(WEIGHTS).unlink()
-        found = verify(CHAMPION)
+        found = verify(VERSION)
         assert found.own.having("missing") == [WEIGHTS]
         assert len(found.problems) == 1
         shutil.rmtree(".dvc/cache")
-        assert not verify(CHAMPION).own.having("intact")
+        assert not verify(VERSION).own.having("intact")
 
     @pytest.mark.usefixtures("mine")
     def test_a_record_that_was_exchanged(self) -> None:
         """Bytes and record agree, and are still not what was registered."""
         client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
         client.set_model_version_tag("tiny", "1", "poemerge.digest", "0" * 64)
-        assert verify(CHAMPION).own.having("changed") == ["lineage.json"]
+        assert verify(VERSION).own.having("changed") == ["lineage.json"]
 
     @pytest.mark.usefixtures("mine")
     def test_a_source_that_changed(self) -> None:
         """What was merged is the copy; a source is at fault once nothing else has its bytes."""
         spoil(Path("data/experts/red/adapter_model.safetensors"))
-        found = verify(CHAMPION)
+        found = verify(VERSION)
         assert found.problems == ()
-        assert by_role(found)["red", "red"].where == "artifacts/fetch/experts/red"
+        assert by_role(found)["red",].where == "artifacts/fetch/experts/red"
         shutil.rmtree("artifacts/fetch/experts/red")
-        (problem,) = verify(CHAMPION).problems
+        (problem,) = verify(VERSION).problems
         assert problem == "adapter_model.safetensors of data/experts/red is changed."
 
     @pytest.mark.usefixtures("mine")
     def test_a_fetched_copy_that_changed(self) -> None:
         spoil(Path("artifacts/fetch/base/model.safetensors"))
-        (problem,) = verify(CHAMPION).problems
+        assert by_role(verify(VERSION))["base",].where == "data/base"  # its source has them
+        spoil(Path("data/base/model.safetensors"))
+        problem = verify(VERSION).problems[0]
         assert problem == "model.safetensors of artifacts/fetch/base is changed."
 
     @pytest.mark.usefixtures("mine")
     def test_a_source_that_is_gone_is_no_fault_of_the_model(self) -> None:
         shutil.rmtree("data/experts/red")
         shutil.rmtree("artifacts/fetch/experts/red")
-        found = verify(CHAMPION)
+        found = verify(VERSION)
         assert found.problems == ()
         assert by_role(found)["red",].state == "missing"
         assert by_role(found)["red",].address.startswith("data/experts/red @ ")
@@ -273,8 +278,8 @@ class TestVerify:
     def test_an_expert_that_is_a_registered_version_is_followed(self) -> None:
         record = Lineage.find(merged())
         revision = f"models:/tiny/1@{digest(dict(record.outputs))}"
-        source = Source("law", record.outputs, CHAMPION, revision, asdict(record))
-        fetched = Lineage("fetch", {"revision": revision}, (source,), CHAMPION, revision)
+        source = Source("law", record.outputs, VERSION, revision, asdict(record))
+        fetched = Lineage("fetch", {"revision": revision}, (source,), VERSION, revision)
         files = [path for path in merged().iterdir() if path.name in record.outputs]
         produce(Path("law"), fetched, lambda out: [shutil.copy(path, out) for path in files])
         model = Lineage("merge", {}, (Source.of("law", Path("law")),))
@@ -288,7 +293,7 @@ class TestVerify:
         ((_, copied),) = history("out").sources
         ((_, made),) = copied.sources
         assert made.record == record
-        assert made.versions[0].aliases == ("challenger", "champion")
+        assert made.versions[0].aliases == ("challenger",)
 
     def test_bytes_that_a_hub_stated_are_checked_in_the_copy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -311,7 +316,7 @@ class TestVerify:
 class TestReproduce:
     @pytest.mark.usefixtures("run")
     def test_the_same_bytes(self, tmp_path: Path) -> None:
-        done = reproduce(CHAMPION, tmp_path / "again")
+        done = reproduce(VERSION, tmp_path / "again")
         assert done.differing == {}
         assert done.caveats == ()
         assert set(done.equal) == set(Lineage.find(merged()).outputs)
@@ -322,7 +327,7 @@ class TestReproduce:
     @pytest.mark.usefixtures("mine")
     def test_fetched_copies_are_not_needed(self, tmp_path: Path) -> None:
         shutil.rmtree("artifacts/fetch")
-        assert reproduce(CHAMPION, tmp_path / "again").differing == {}
+        assert reproduce(VERSION, tmp_path / "again").differing == {}
 
     @pytest.mark.usefixtures("mine")
     def test_a_source_that_is_not_what_it_was_is_named(self, tmp_path: Path) -> None:
@@ -330,8 +335,8 @@ class TestReproduce:
         for folder in ("data/experts/red", "artifacts/fetch/experts/red"):
             spoil(Path(folder, "adapter_model.safetensors"))
         with pytest.raises(SourceError, match=r"red \(.*\) has other bytes in adapter_model.*DIR"):
-            reproduce(CHAMPION, tmp_path / "again")
-        assert reproduce(CHAMPION, tmp_path / "again", [f"red={kept}"]).differing == {}
+            reproduce(VERSION, tmp_path / "again")
+        assert reproduce(VERSION, tmp_path / "again", [f"red={kept}"]).differing == {}
 
     @pytest.mark.usefixtures("mine")
     def test_what_differs_is_said_tensor_by_tensor(self, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, produce
+from poemerge.lineage import Lineage, Source, digest, produce
 from tasks.register import register
 from tasks.register.leaderboard import Leaderboard
 from tests.servers import mlflow_server
@@ -119,6 +119,7 @@ def test_the_best_becomes_a_version_with_everything_about_it(project: Project) -
     source = Source.of("cauchy", project.artifacts / "merge/cauchy")
     assert best.tags == {
         "poemerge.digest": source.digest,
+        "poemerge.loader": digest({}),  # no architecture that MLflow could load
         "poemerge.candidate": "cauchy",
         "poemerge.evaluation": best.run_id,
         "poemerge.method": "cauchy_poe",
