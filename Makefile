@@ -16,7 +16,7 @@ full: .venv/base ## the same on all items
 	$(BIN)/poemerge run --set evaluate.limit=null
 
 test: lint ## lint, types, import contracts, all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/done
 	$(BIN)/ruff check .

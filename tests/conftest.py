@@ -1,9 +1,11 @@
 """What all tests share: tiny real models, made here, and tools that leave this machine alone."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,3 +90,17 @@ def _own_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server, store or repository of the person who runs the tests is ever touched."""
     for key in _FOREIGN:
         monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    """A command sets loggers and environment of its process, which here is that of all tests."""
+    environment = dict(os.environ)
+    loggers = [logging.getLogger(name) for name in ("poemerge", "tasks", "flows")]
+    before = [(log.level, log.handlers, log.propagate) for log in loggers]
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for log, (level, handlers, propagate) in zip(loggers, before, strict=True):
+        log.setLevel(level)
+        log.handlers, log.propagate = handlers, propagate

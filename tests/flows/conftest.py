@@ -1,12 +1,9 @@
 """A small project of its own: tiny base, two adapters, two local tasks, git and DVC around them."""
 
 import json
-import logging
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,20 +109,6 @@ def keep_two_candidates(folder: Path) -> None:
 def hash_bit(*parts: object) -> int:
     """A bit that looks random and never changes."""
     return sum(ord(c) * (i + 1) for i, c in enumerate(repr(parts))) % 2
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    """A command sets loggers and environment of its process, which here is that of all tests."""
-    environment = dict(os.environ)
-    loggers = [logging.getLogger(name) for name in ("poemerge", "tasks", "flows")]
-    before = [(log.level, log.handlers, log.propagate) for log in loggers]
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    for log, (level, handlers, propagate) in zip(loggers, before, strict=True):
-        log.setLevel(level)
-        log.handlers, log.propagate = handlers, propagate
 
 
 @pytest.fixture

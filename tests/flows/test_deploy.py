@@ -182,7 +182,7 @@ def test_cron_starts_a_run_that_does_the_whole_work(running: Running, fired: Flo
         "cauchy_poe",
     }
     store = MlflowClient(f"sqlite:///{running.project}/mlflow.db")
-    assert store.get_model_version_by_alias("tiny", "champion").source.startswith("dvc://")
+    assert store.get_model_version_by_alias("tiny", "challenger").source.startswith("dvc://")
     assert (running.project / "dvc.lock").is_file()
 
 

@@ -185,7 +185,7 @@ def test_a_reader_loads_the_champion_with_an_empty_cache(team: Team) -> None:
 def test_who_does_not_say_who_he_is_gets_one_sentence(
     team: Team, forgotten: str, sentence: str
 ) -> None:
-    script = f"set -a; . ../worker.env; set +a; unset {forgotten}; poemerge run"
+    script = f"set -a; . ../worker.env; set +a; unset {forgotten}; poemerge run --force"
     refused = team.run(script, "worker")
     assert refused.returncode == 1
     assert re.search(f"^{sentence}", refused.stderr, flags=re.MULTILINE), refused.stderr
