@@ -27,9 +27,9 @@ def main() -> None:
     start_logging()
     page.MEASURED.mkdir(exist_ok=True)
     for name in asked.zoos:
-        facts = measure(Zoo(*zoos[name]), asked.limit or None)
-        write_json(page.MEASURED / f"{name}.json", facts)
-        page.write()
+        for facts in measure(Zoo(*zoos[name]), asked.limit or None):
+            write_json(page.MEASURED / f"{name}.json", facts)
+            page.write()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,15 @@ class Zoo:
         return [*sources, f"evaluate.limit={'null' if limit is None else limit}"]
 
 
-def measure(zoo: Zoo, limit: int | None) -> dict[str, Any]:
+def measure(zoo: Zoo, limit: int | None) -> Iterator[dict[str, Any]]:
     """Train what is missing, merge, score, search; what was done before is not done again.
 
     Args:
         zoo: which experts.
         limit: items per task and split; None for all.
 
-    Returns:
-        Plain data for page.py.
+    Yields:
+        Plain data for page.py: once all is scored, and again once the search is over.
     """
     overrides = zoo.overrides(limit)
     places = Places(load(PARAMS, overrides), load(PLAIN))
@@ -69,8 +69,9 @@ def measure(zoo: Zoo, limit: int | None) -> dict[str, Any]:
     _train(zoo, places.base)
     for stage in ("fetch", "merge", "evaluate"):
         _run(stage, places)
-    outcome = sweep(str(PARAMS), overrides)
-    return _facts(zoo, places, Path(outcome["folder"]))
+    facts = _facts(zoo, places)
+    yield facts | {"tuned": []}
+    yield facts | _tuned(Path(sweep(str(PARAMS), overrides)["folder"]), facts)
 
 
 def _run(stage: str, places: Places, only: str = "") -> None:
@@ -88,10 +89,8 @@ def _train(zoo: Zoo, base: Path) -> None:
     subprocess.run([*command, "--base", str(base), "--out", str(zoo.folder)], check=True)
 
 
-def _facts(zoo: Zoo, places: Places, swept: Path) -> dict[str, Any]:
+def _facts(zoo: Zoo, places: Places) -> dict[str, Any]:
     tasks, params = places.params.evaluate.tasks, places.params
-    best = json.loads((swept / "sweep.json").read_text(encoding="utf-8"))
-    tuned = {row["label"]: swept / "test" / row["label"] / row["key"] for row in best["rows"]}
     plain = {label: places.evaluation("merge", label) for label in params.merge.methods}
     logs = {label: str(places.log("merge", label)) for label in plain}
     return {
@@ -103,12 +102,15 @@ def _facts(zoo: Zoo, places: Places, swept: Path) -> dict[str, Any]:
         "untuned": _untuned(plain, tasks),
         "costs": {label: asdict(cost) for label, cost in read_costs(logs).items()},
         "settings": {label: dict(params.merge.methods[label]) for label in plain},
-        "tuned": best["rows"],
-        "cauchy": {
-            "untuned": _cauchy_less_gaussian(plain, tasks),
-            "tuned": _cauchy_less_gaussian(tuned, tasks),
-        },
+        "cauchy": {"untuned": _cauchy_less_gaussian(plain, tasks)},
     }
+
+
+def _tuned(swept: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    rows = json.loads((swept / "sweep.json").read_text(encoding="utf-8"))["rows"]
+    best = {row["label"]: swept / "test" / row["label"] / row["key"] for row in rows}
+    cauchy = facts["cauchy"] | {"tuned": _cauchy_less_gaussian(best, facts["tasks"])}
+    return {"tuned": rows, "cauchy": cauchy}
 
 
 def _test(folder: Path, tasks: Sequence[str], split: str = "test") -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 PAGE = Path("docs/results.md")
 MEASURED = Path("docs/results")
+HOW = ("untuned", "tuned")
 
 HEAD = Path(__file__).parent / "head.md"
 
@@ -24,7 +25,7 @@ def page(zoos: Sequence[Mapping[str, Any]]) -> str:
         "## Cauchy or Gaussian experts",
         _cauchy(zoos),
         "## All zoos",
-        _all(zoos),
+        *(_all(zoos, how) for how in HOW),
     ]
     for zoo in zoos:
         kind = "LoRA experts" if zoo["zoo"]["kind"] == "lora" else "Full fine-tunes"
@@ -38,8 +39,7 @@ def page(zoos: Sequence[Mapping[str, Any]]) -> str:
             _untuned(zoo),
             _real(zoo["untuned"], [row["gap"]["is_real"] for row in zoo["untuned"]]),
             "### Tuned",
-            _tuned(zoo),
-            _real(zoo["tuned"], [row["verdict"] == "real" for row in zoo["tuned"]]),
+            _tuned(zoo) if zoo["tuned"] else "The search is not over.",
         ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -47,7 +47,11 @@ def page(zoos: Sequence[Mapping[str, Any]]) -> str:
 def _cauchy(zoos: Iterable[Mapping[str, Any]]) -> str:
     """The claim that the project is about, zoo by zoo."""
     rows = [
-        [_name(zoo), side, *(_gap(zoo["cauchy"][how][side]) for how in ("untuned", "tuned"))]
+        [
+            _name(zoo),
+            side,
+            *(_gap(found[side]) if (found := zoo["cauchy"].get(how)) else "" for how in HOW),
+        ]
         for zoo in zoos
         for side in ("input", "output")
     ]
@@ -56,12 +60,13 @@ def _cauchy(zoos: Iterable[Mapping[str, Any]]) -> str:
     return f"{text} interval of the paired difference, in points.\n\n{table}"
 
 
-def _all(zoos: Sequence[Mapping[str, Any]]) -> str:
-    """Tuned test means, method by zoo."""
-    means = [{row["label"]: row["test"]["mean"] for row in zoo["tuned"]} for zoo in zoos]
-    labels = sorted(means[0], key=lambda label: -sum(of[label] for of in means)) if zoos else []
+def _all(zoos: Sequence[Mapping[str, Any]], how: str) -> str:
+    """Test means, method by zoo."""
+    done = [zoo for zoo in zoos if zoo[how]]
+    means = [{row["label"]: row["test"]["mean"] for row in zoo[how]} for zoo in done]
+    labels = sorted(means[0], key=lambda label: -sum(of[label] for of in means)) if done else []
     rows = [[f"`{label}`", *(_percent(of[label]) for of in means)] for label in labels]
-    return "Test means of the tuned methods.\n\n" + _table(["", *map(_name, zoos)], rows)
+    return f"Test means of the {how} methods.\n\n" + _table(["", *map(_name, done)], rows)
 
 
 def _interference(zoo: Mapping[str, Any]) -> str:
@@ -92,7 +97,8 @@ def _tuned(zoo: Mapping[str, Any]) -> str:
         tried = row["counts"]["complete"] + row["counts"]["pruned"]
         rows.append([f"`{row['label']}`", settings, *_scores(zoo, row), gap, str(tried)])
     head = ["", "settings", *zoo["tasks"], "mean", "kept", "validation", "gap", "tried"]
-    return _table(head, rows)
+    said = _real(zoo["tuned"], [row["verdict"] == "real" for row in zoo["tuned"]])
+    return f"{_table(head, rows)}\n\n{said}"
 
 
 def _scores(zoo: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
