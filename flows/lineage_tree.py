@@ -23,9 +23,9 @@ COLOURS: dict[State, str] = {"intact": "green", "missing": "yellow", "changed": 
 
 
 def show_history(ref: str, made: Made) -> None:
-    """The tree from a model down to its immutable sources."""
+    """The tree from a model down to its immutable sources; what many share is told once."""
     tree = Tree(f"[bold]{escape(ref)}[/]  {_title(made)}", guide_style="dim")
-    _grow(tree, made, top=True)
+    _grow(tree, made, set(), top=True)
     console.print(tree, highlight=False, soft_wrap=True)
 
 
@@ -79,8 +79,12 @@ def show_reproduction(ref: str, found: Reproduction, *, kept: bool) -> None:
     console.print(escape(f"{ref}: {verdict}{place}"), highlight=False)
 
 
-def _grow(tree: Tree, made: Made, *, top: bool) -> None:
-    """Add what is known of a making, then its sources."""
+def _grow(tree: Tree, made: Made, told: set[str], *, top: bool = False) -> None:
+    """Add what is known of a making, then its sources; `told` are digests of makings before it."""
+    if made.digest in told:
+        tree.add("[dim]as above[/]")
+        return
+    told.add(made.digest)
     record = made.record
     for version in made.versions:
         _add_version(tree.add(_named(version)), version)
@@ -94,10 +98,10 @@ def _grow(tree: Tree, made: Made, *, top: bool) -> None:
     if made.evaluation:
         _add_scores(tree.add("scores"), made.evaluation)
     for source, below in made.sources:
-        _add_source(tree, source, below)
+        _add_source(tree, source, below, told)
 
 
-def _add_source(tree: Tree, source: Source, made: Made | None) -> None:
+def _add_source(tree: Tree, source: Source, made: Made | None, told: set[str]) -> None:
     """A source; a mere copy is not told apart from what it was copied from."""
     where = source.uri + (f" @ {_short(source.revision)}" if source.revision else "")
     branch = tree.add(
@@ -109,9 +113,9 @@ def _add_source(tree: Tree, source: Source, made: Made | None) -> None:
     if _is_copy(source, made):
         for _, each in made.sources:
             if each is not None:
-                _grow(branch.add(f"made by {_title(each)}"), each, top=False)
+                _grow(branch.add(f"made by {_title(each)}"), each, told)
     else:
-        _grow(branch.add(f"made by {_title(made)}"), made, top=False)
+        _grow(branch.add(f"made by {_title(made)}"), made, told)
 
 
 def _is_telling(name: str, source: Source) -> bool:
