@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 REPORT = "merge_report.json"
+NOTE = "registered_model_meta"  # MLflow adds it to what it downloads
 SPLIT = "test"
 # What evaluations may differ in and still have asked the same: whom, and on what machine.
 WHO = frozenset({"candidate", "kind", "splits", "batch_size", "device"})
@@ -119,7 +120,7 @@ def files(version: "ModelVersion") -> Iterator[Mapping[str, Path]]:
             root = Path(mlflow.artifacts.download_artifacts(**where, dst_path=folder))
         except (mlflow.MlflowException, OSError) as error:
             raise SourceError(f"MLflow has not all of {uri(version)} ({error}).") from error
-        found = sorted(path for path in root.rglob("*") if path.is_file())
+        found = sorted(p for p in root.rglob("*") if p.is_file() and p.name != NOTE)
         yield {path.relative_to(root).as_posix(): path for path in found}
 
 
