@@ -7,8 +7,7 @@ from pathlib import Path
 from flows.params import Params, SourceParams, check, load
 from flows.places import PLAIN, Places
 from poemerge.errors import SettingError
-
-MODELS = "models:/"
+from tasks.versions import SCHEME
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def select(base: str, wanted: Mapping[str, str], given: Mapping[str, str]) -> di
     found = [
         expert
         for expert in library.select(wanted)
-        if not any(source.startswith(f"{MODELS}{expert.name}/") for source in taken)
+        if not any(source.startswith(f"{SCHEME}{expert.name}/") for source in taken)
     ]
     ours = identify(base)
     tasks = [*given, *(expert.task for expert in found)]

@@ -5,7 +5,8 @@ import logging
 
 from flows import versioning
 from flows.places import Places
-from tasks.dvc_store.reference import SCHEME, Reference
+from tasks.dvc_store import is_held
+from tasks.dvc_store.reference import Reference
 from tasks.dvc_store.remote import push
 from tasks.library import Expert
 from tasks.tracking import connected
@@ -26,7 +27,7 @@ def share(places: Places) -> None:
     """
     count = versioning.push() if places.is_plain else 0
     source = _registered(places)
-    if source.startswith(f"{SCHEME}:"):
+    if is_held(source):
         count += push(Reference.parse(source)[0])
     logger.info("pushed %d objects to the DVC remote", count)
 

@@ -1,11 +1,14 @@
 """What a registered version carries, and how one is found: for all who read or move versions."""
 
 import json
+import os
 import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poemerge.errors import SourceError
-from tasks.tracking import shown_uri
+from tasks.tracking import shown_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -134,11 +137,56 @@ def made_from(client: Any, version: "ModelVersion") -> "list[ModelVersion]":
     ]
 
 
-def _search(client: Any, query: str) -> "list[ModelVersion]":
+def with_digest(client: Any, digest: str) -> "list[ModelVersion]":
+    """The versions of all models that hold exactly these bytes, by name and number."""
+    return sorted(_search(client, f"tag.`{DIGEST}` = '{digest}'"), key=lambda found: found.name)
+
+
+def tag(client: Any, version: "ModelVersion", tags: Mapping[str, str]) -> None:
+    """Set tags of a version; what is so already is not written, and so nobody is notified of it."""
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(version.name, str(version.version), key, value)
+
+
+def download(place: str, folder: Path) -> dict[str, Path]:
+    """Copy what MLflow has at a place into `folder`.
+
+    Args:
+        place: of the bytes themselves; to what `models:/` finds, MLflow adds a file of its own.
+        folder: exists, and is empty.
+
+    Returns:
+        Relative path → file.
+
+    Raises:
+        SourceError: MLflow has not all of it.
+    """
+    from mlflow import MlflowException  # noqa: PLC0415 - 1 s, and only once it is calm
+    from mlflow.artifacts import download_artifacts  # noqa: PLC0415
+
+    try:
+        root = Path(
+            download_artifacts(place, dst_path=os.fspath(folder), tracking_uri=tracking_uri())
+        )
+    except (MlflowException, OSError) as error:
+        message = f"MLflow has not all of {place} ({' '.join(str(error).split())})."
+        raise SourceError(message) from error
+    found = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path for path in found}
+
+
+def paged(search: Callable[..., Any], query: str, **options: Any) -> list[Any]:
+    """All that one of MLflow's searches finds, page after page."""
     found, token = [], None
     while True:
-        page = client.search_model_versions(query, page_token=token)
+        page = search(query, page_token=token, **options)
         found += page
         token = page.token
         if not token:
-            return sorted(found, key=lambda version: int(version.version))
+            return found
+
+
+def _search(client: Any, query: str) -> "list[ModelVersion]":
+    found = paged(client.search_model_versions, query)
+    return sorted(found, key=lambda version: int(version.version))

@@ -36,10 +36,11 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool, push
         save_overrides(params, overrides)
         overrides = ()
     start_logging()
-    standing = look(find_places(params, overrides))
-    if standing.is_current and not (force or push):
-        click.echo(str(standing))
-        return
+    if not (force or push):
+        standing = look(find_places(params, overrides))
+        if standing.is_current:
+            click.echo(str(standing))
+            return
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
     from flows.prefect_server import asked

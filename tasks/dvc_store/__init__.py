@@ -6,6 +6,13 @@ package lies beside the stages (a stage imports Prefect), and why it imports not
 
 from typing import Any
 
+SCHEME = "dvc"
+
+
+def is_held(place: str) -> bool:
+    """True for a place in DVC, however MLflow cut its URI."""
+    return place.startswith(f"{SCHEME}:")
+
 
 def artifact_repository(*args: Any, **kwargs: Any) -> Any:
     """MLflow's view of a `dvc://` URI; takes what MLflow passes on."""

@@ -26,8 +26,8 @@ from dvc_data.hashfile.transfer import transfer
 from dvc_data.hashfile.tree import Tree
 
 from poemerge.errors import SettingError, SourceError
+from tasks.dvc_store import SCHEME
 
-SCHEME = "dvc"
 ROOT_VARIABLE = "POEMERGE_DVC_ROOT"
 OID = re.compile(r"[0-9a-f]{32}\.dir")
 

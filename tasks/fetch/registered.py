@@ -13,6 +13,7 @@ from weakref import finalize
 from poemerge.errors import SourceError
 from poemerge.lineage import RECORD, digest
 from tasks import versions
+from tasks.dvc_store import SCHEME, is_held
 from tasks.fetch.dvc import open_content
 from tasks.fetch.layout import find_room, flat
 from tasks.fetch.local import open_folder
@@ -21,8 +22,6 @@ from tasks.tracking import connected, shown_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-
-DVC = "dvc:"
 
 
 def open_version(address: str) -> Origin:
@@ -41,8 +40,8 @@ def open_version(address: str) -> Origin:
         version = versions.resolve(client, ref)
         place = client.get_model_version_download_uri(version.name, version.version)
         where = versions.uri(version)
-        if place.startswith(DVC):
-            origin = open_content(place.removeprefix(DVC).strip("/"))
+        if is_held(place):
+            origin = open_content(place.removeprefix(f"{SCHEME}:").strip("/"))
         else:
             origin = _download(where, place)
     _check(where, version, origin)

@@ -105,13 +105,8 @@ def remove(name: str, number: str | None, *, force: bool) -> list[str]:
 
 def _models(client: Any) -> list[Any]:
     """Registered models that are experts, by name."""
-    query, found, token = f"tag.`{versions.KIND}` = '{versions.EXPERT}'", [], None
-    while True:
-        page = client.search_registered_models(query, order_by=["name"], page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
+    query = f"tag.`{versions.KIND}` = '{versions.EXPERT}'"
+    return versions.paged(client.search_registered_models, query, order_by=["name"])
 
 
 def _update(client: Any, known: "ModelVersion", expert: Expert) -> None:

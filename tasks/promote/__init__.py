@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from poemerge.errors import SourceError
+from tasks.decisions import Decision, Gate, Kind, Ledger, Row, append
+from tasks.decisions import read as read_ledger
 from tasks.promote import evidence, gates
-from tasks.promote.decisions import Decision, Kind, Ledger, Row, append
-from tasks.promote.decisions import read as read_ledger
 from tasks.promote.evidence import Evaluation
-from tasks.promote.gates import Gate
 from tasks.promote.judging import Judgement, Limits, judge
 from tasks.promote.moves import move, settle
 from tasks.tracking import connected

@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any, Self
 
 from poemerge.errors import PoemergeError, SourceError
 from poemerge.lineage import RECORD, Lineage, digest, sha256
+from tasks.dvc_store import is_held
 from tasks.paired import ITEMS, Outcomes
-from tasks.tracking import tracking_uri
-from tasks.versions import DIGEST, EVALUATION, EVALUATION_FOLDER, LOADER, is_own, uri
+from tasks.versions import (
+    DIGEST,
+    EVALUATION,
+    EVALUATION_FOLDER,
+    LOADER,
+    download,
+    is_own,
+    uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 REPORT = "merge_report.json"
-NOTE = "registered_model_meta"  # MLflow adds it to what it downloads
 SPLIT = "test"
 # What evaluations may differ in and still have asked the same: whom, and on what machine.
 WHO = frozenset({"candidate", "kind", "splits", "batch_size", "device"})
@@ -105,23 +112,14 @@ def files(version: "ModelVersion") -> Iterator[Mapping[str, Path]]:
     Raises:
         PoemergeError: they cannot be had.
     """
-    if version.source.startswith("dvc:"):
+    if is_held(version.source):
         from tasks.dvc_store.reference import Reference, contents  # noqa: PLC0415 - imports DVC
 
         reference, _ = Reference.parse(version.source)
         yield {name: blob.path for name, blob in contents(reference).items()}
         return
-    import mlflow  # noqa: PLC0415 - 1 s, and only once it is calm
-
-    mlflow.set_registry_uri(tracking_uri())
-    where = {"artifact_uri": uri(version), "tracking_uri": tracking_uri()}
     with TemporaryDirectory() as folder:
-        try:
-            root = Path(mlflow.artifacts.download_artifacts(**where, dst_path=folder))
-        except (mlflow.MlflowException, OSError) as error:
-            raise SourceError(f"MLflow has not all of {uri(version)} ({error}).") from error
-        found = sorted(p for p in root.rglob("*") if p.is_file() and p.name != NOTE)
-        yield {path.relative_to(root).as_posix(): path for path in found}
+        yield download(version.source, Path(folder))
 
 
 def copy_to(folder: Path, version: "ModelVersion") -> Path:

@@ -5,35 +5,14 @@ the right side of what is wanted; below zero it is on the wrong one.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from tasks.decisions import Gate
 from tasks.paired import Outcomes, difference
 
 ROUNDING = 1e-9  # a drop of 5 points is no more than max_drop: 0.05; energies round likewise
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One question and its answer.
-
-    Attributes:
-        name: of the gate, as people and the audit table have it.
-        passed: what it says.
-        wanted: the number of params.yaml, or how many must hold.
-        found: the number of this version; None where there was nothing to ask.
-        margin: how far inside, or outside if negative.
-        sentence: all of it in words.
-    """
-
-    name: str
-    passed: bool
-    wanted: float
-    found: float | None
-    margin: float | None
-    sentence: str
 
 
 def gain(challenger: Outcomes, champion: Outcomes | None, *, min_gain: float, level: float) -> Gate:

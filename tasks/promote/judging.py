@@ -7,10 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from poemerge.errors import PoemergeError, SourceError
+from tasks.decisions import Gate, Row
 from tasks.promote import evidence, gates
-from tasks.promote.decisions import Row
 from tasks.promote.evidence import Evaluation
-from tasks.promote.gates import Gate
 from tasks.promote.moves import champion_of, settle
 from tasks.tracking import connected
 from tasks.versions import CHALLENGER, aliased, every, newest, numbered, uri

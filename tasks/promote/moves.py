@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasks.promote.decisions import Decision, Ledger, Row, append, current
+from tasks.decisions import Decision, Ledger, Row, append, current
 from tasks.versions import (
     CHAMPION,
     DECISION,
@@ -23,6 +23,7 @@ from tasks.versions import (
     aliases_of,
     every,
     numbered,
+    tag,
 )
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,7 @@ def _point(client: Any, name: str, champions: Sequence[int], last: Row) -> None:
     if champion not in there:
         logger.warning("version %s of %s, the champion, was deleted in MLflow", champion, name)
         return
-    for key, value in _reasons(last).items():
-        if there[champion].tags.get(key) != value:
-            client.set_model_version_tag(name, str(champion), key, value)
+    tag(client, there[champion], _reasons(last))
     if previous not in there and PREVIOUS in aliases:
         client.delete_registered_model_alias(name, PREVIOUS)
     elif previous in there and aliases.get(PREVIOUS) != str(previous):

@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, Source, digest
+from tasks import decisions
 from tasks.provenance.model import Model, has_registry, opened
 from tasks.provenance.shelves import Shelves
 from tasks.tracking import connected
-from tasks.versions import DIGEST, aliases_of, every, uri
+from tasks.versions import EVALUATION, EVALUATION_FOLDER, aliases_of, uri, with_digest
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 TASK = "task:"  # marks the files of a task among the inputs of an evaluation
-EVALUATION = "evaluation"  # folder among the artifacts of a version's run
-RUN = "poemerge.evaluation"  # tag of a version: the run that has them, where it is another
-TABLE, BODY = "-decisions", "poemerge.decision.body"  # where promotions are written down
 TOLD = ("when", "kind", "who", "reason")
 
 logger = logging.getLogger(__name__)
@@ -160,18 +158,13 @@ def _registry() -> Iterator[Any]:
 
 def _made(record: Lineage, client: Any, shelves: Shelves, model: Model | None = None) -> Made:
     content = model.registered if model and model.registered else digest(dict(record.outputs))
-    found = _versions(client, content) if client and record.stage == "merge" else ()
+    found = with_digest(client, content) if client and record.stage == "merge" else ()
     sources = []
     for source in record.inputs:
         parent = Lineage.of(source.parent) if source.parent else None
         sources.append((source, _made(parent, client, shelves) if parent else None))
     versions = tuple(_version(client, each) for each in found)
     return Made(record, versions, _evaluation(client, found, shelves, record), tuple(sources))
-
-
-def _versions(client: Any, content: str) -> "list[ModelVersion]":
-    found = client.search_model_versions(f"tag.`{DIGEST}` = '{content}'")
-    return sorted(found, key=lambda version: (version.name, int(version.version)))
 
 
 def _version(client: Any, version: "ModelVersion") -> Version:
@@ -188,14 +181,10 @@ def _version(client: Any, version: "ModelVersion") -> Version:
 
 
 def _decisions(client: Any, name: str, number: int) -> Iterator[Mapping[str, str]]:
-    """Of two decisions that follow the same one, only the first was in force."""
-    followed = set()
-    for row in every(client, name + TABLE):
-        decision = json.loads(row.tags.get(BODY, "{}"))
-        before = decision.get("before")
-        if before not in followed and decision.get("version") == number:
-            yield {key: str(decision[key]) for key in TOLD}
-        followed.add(before)
+    """Those in force."""
+    for row in decisions.read(client, name).rows:
+        if row.decision.version == number and not row.void:
+            yield {key: str(getattr(row.decision, key)) for key in TOLD}
 
 
 def _evaluation(
@@ -205,9 +194,9 @@ def _evaluation(
     for folder in shelves.evaluations(record):
         return Evaluation.read(folder)
     for version in versions:
-        run = version.tags.get(RUN, version.run_id)
-        if run and any(each.path == EVALUATION for each in client.list_artifacts(run)):
+        run = version.tags.get(EVALUATION, version.run_id)
+        if run and any(each.path == EVALUATION_FOLDER for each in client.list_artifacts(run)):
             with TemporaryDirectory() as scratch:
-                client.download_artifacts(run, EVALUATION, scratch)
-                return Evaluation.read(Path(scratch, EVALUATION))
+                client.download_artifacts(run, EVALUATION_FOLDER, scratch)
+                return Evaluation.read(Path(scratch, EVALUATION_FOLDER))
     return None

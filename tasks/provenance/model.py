@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from poemerge.errors import PoemergeError, SettingError, SourceError
 from poemerge.lineage import RECORD, Lineage, digest
 from tasks.tracking import DATABASE, connected, tracking_uri
-from tasks.versions import DIGEST, LOADER, is_ref, resolve, uri
+from tasks.versions import DIGEST, LOADER, download, is_ref, resolve, uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -93,17 +93,12 @@ def _bytes(client: Any, version: "ModelVersion", scratch: Path) -> Mapping[str, 
     """The files of a version: in DVC's cache, or downloaded; none where they cannot be had."""
     if version.source.startswith(DVC):
         return _held(version.source)
-    from mlflow import MlflowException  # noqa: PLC0415 - 1 s, and only once it is calm
-    from mlflow.artifacts import download_artifacts  # noqa: PLC0415
-
     place = client.get_model_version_download_uri(version.name, version.version)
     (scratch / "model").mkdir()
-    where = {"dst_path": str(scratch / "model"), "tracking_uri": tracking_uri()}
     try:
-        root = Path(download_artifacts(place, **where))
-    except (MlflowException, PoemergeError, OSError):
+        return download(place, scratch / "model")
+    except PoemergeError:
         return {}
-    return {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 def _held(address: str) -> Mapping[str, Path]:

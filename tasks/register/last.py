@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.errors import SourceError
+from tasks.dvc_store import is_held
 from tasks.tracking import connected, tracking_uri
-from tasks.versions import KEY, SOURCES, aliases_of, find, numbered
+from tasks.versions import KEY, SOURCES, find, numbered, tag
 
-DVC = "dvc:"
 INPUTS = "poemerge.inputs"  # JSON: what the key is made from
 LAST = "poemerge.last"  # tag of the registered model: number of a version
 
@@ -51,7 +51,7 @@ class Last:
         Raises:
             SourceError: MLflow refused.
         """
-        if self.uri.startswith(DVC):
+        if is_held(self.uri):
             from tasks.dvc_store import reference  # noqa: PLC0415 - DVC: 0.2 s
 
             return reference.exists(reference.Reference.parse(self.uri)[0])
@@ -79,9 +79,7 @@ def keep(folder: Path, key: str, inputs: Mapping[str, Any]) -> None:
         if version is None:
             message = f"MLflow has no version of {entry['name']} with the bytes that {folder} names"
             raise SourceError(f"{message}; run again.")
-        for tag, value in tags.items():
-            if version.tags.get(tag) != value:
-                client.set_model_version_tag(version.name, str(version.version), tag, value)
+        tag(client, version, tags)
         client.set_registered_model_tag(version.name, LAST, str(version.version))
 
 
@@ -98,6 +96,6 @@ def last(name: str) -> Last | None:
         if version is None or not {KEY, INPUTS} <= version.tags.keys():
             return None
         number = str(version.version)
-        aliases = tuple(a for a, n in sorted(aliases_of(client, name).items()) if n == number)
+        aliases = tuple(a for a, n in sorted(models[0].aliases.items()) if str(n) == number)
         inputs = json.loads(version.tags[INPUTS])
         return Last(name, number, aliases, version.tags[KEY], inputs, version.source)

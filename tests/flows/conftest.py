@@ -111,6 +111,14 @@ def hash_bit(*parts: object) -> int:
     return sum(ord(c) * (i + 1) for i, c in enumerate(repr(parts))) % 2
 
 
+def enter_copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a project to go on with, and the working directory in it."""
+    folder = tmp_path / "project"
+    shutil.copytree(made, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path: Path, zoo, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN001
     """A fresh project, and the working directory in it."""

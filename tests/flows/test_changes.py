@@ -18,7 +18,7 @@ from flows.steps import STAGES, steps
 from poemerge.lineage import digest, sha256
 from tasks.tracking import connected
 from tasks.versions import KEY, SOURCES, numbered
-from tests.flows.conftest import keep_two_candidates, make_project
+from tests.flows.conftest import enter_copy, keep_two_candidates, make_project
 
 MODEL = "adapter_model.safetensors"
 
@@ -50,10 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, zoo) -> Iterator[Path]:  
 @pytest.fixture
 def done(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project after its first run, and the working directory in it."""
-    folder = tmp_path / "project"
-    shutil.copytree(finished, folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    return folder
+    return enter_copy(finished, tmp_path, monkeypatch)
 
 
 def edit(path: Path, old: str, new: str) -> None:

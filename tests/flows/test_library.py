@@ -22,7 +22,7 @@ from poemerge.errors import SettingError
 from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, produce
 from tasks.fetch import fetch
-from tests.flows.conftest import make_project
+from tests.flows.conftest import enter_copy, make_project
 
 EXPERTS = Path("data/experts")
 
@@ -67,10 +67,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa: ANN
 @pytest.fixture
 def shelf(stocked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, and the working directory in it."""
-    folder = tmp_path / "project"
-    shutil.copytree(stocked, folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    return folder
+    return enter_copy(stocked, tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -33,10 +33,9 @@ from flows.limits import OvertimeError
 from flows.pipeline import pipeline
 from poemerge.errors import CheckpointError, PoemergeError
 from poemerge.lineage import Lineage, hash_files
-from tasks.promote.evidence import NOTE
 from tasks.register.leaderboard import Leaderboard
 from tasks.versions import is_own
-from tests.flows.conftest import TASKS, keep_two_candidates, make_project
+from tests.flows.conftest import TASKS, enter_copy, keep_two_candidates, make_project
 
 # A task may run code. This one holds the second merge on blue, if it is told to.
 GATE = """
@@ -73,10 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, zoo) -> tuple[Path, dict]
 @pytest.fixture
 def done(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN001
     """A copy of that project to go on with, and the working directory in it."""
-    folder = tmp_path / "project"
-    shutil.copytree(finished[0], folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    return folder
+    return enter_copy(finished[0], tmp_path, monkeypatch)
 
 
 def dvc(*arguments: str) -> str:
@@ -130,7 +126,7 @@ def test_mlflow_holds_the_best(finished: tuple[Path, dict], monkeypatch) -> None
     assert challenger.source.startswith("dvc://")
     entry = json.loads(Path(outcome["register"], "registration.json").read_text())
     copy = Path(mlflow.artifacts.download_artifacts("models:/tiny@challenger"))
-    (copy / NOTE).unlink()
+    (copy / "registered_model_meta").unlink()  # which MLflow adds
     own = {name: content for name, content in hash_files(copy).items() if is_own(name)}
     assert own == hash_files(Path(outcome["merges"][entry["candidate"]]))
     assert (copy / "MLmodel").is_file()  # by which MLflow loads it

@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 
 from poemerge.errors import SourceError
 from tasks import promote, versions
+from tasks.decisions import BODY, append, read
 from tasks.promote import Evaluation, Judgement, Row, evidence
-from tasks.promote.decisions import BODY, append, read
 from tasks.promote.moves import move, settle
 from tests.tasks.registry import (
     LIMITS,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from flows.provenance import history, reproduce, verify
 from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, digest, hash_files, produce, sha256
+from tasks.decisions import BODY, HASH, Decision
 from tasks.dvc_store.reference import Reference, contents
 from tasks.provenance.difference import differences
 from tasks.provenance.search import Check
@@ -136,16 +137,12 @@ class TestHistory:
         """Rows of the audit table: the third follows the same one as the second, and is void."""
         client = MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').resolve()}")
         client.create_registered_model("tiny-decisions")
-        rows = [
-            ("promotion", 1, ""),
-            ("refusal", 1, "a"),
-            ("rollback", 1, "a"),
-            ("refusal", 2, "b"),
-        ]
-        for kind, number, before in rows:
-            body = {"kind": kind, "version": number, "before": before}
-            body |= {"when": "2030-01-01T00:00:00+00:00", "who": "ann", "reason": "so"}
-            tags = {"poemerge.decision.body": json.dumps(body)}
+        first = Decision("promotion", 1, None, "so")
+        second = Decision("refusal", 1, 1, "so", before=first.hash)
+        third = Decision("rollback", 1, 1, "so", before=first.hash)
+        fourth = Decision("refusal", 2, 1, "so", before=second.hash)
+        for each in (first, second, third, fourth):
+            tags = {BODY: json.dumps(asdict(each)), HASH: each.hash}
             client.create_model_version("tiny-decisions", "poemerge://decision/x", tags=tags)
         (version,) = history(VERSION).versions
         assert [decision["kind"] for decision in version.decisions] == ["promotion", "refusal"]

@@ -17,8 +17,11 @@ from mlflow import MlflowClient
 
 from poemerge.lineage import Source
 from tasks.dvc_store.reference import contents, put
+from tasks.promote import evidence
 from tasks.register.flavor import company
 from tasks.seq2seq import LENGTH
+from tasks.tracking import connected
+from tasks.versions import aliased
 from tests.examples import tiny
 from tests.servers import mlflow_server
 
@@ -51,6 +54,14 @@ print(json.dumps(found))
 def digest(model: Any) -> str:
     state = sorted(model.state_dict().items())
     return hashlib.sha256(b"".join(k.encode() + v.numpy().tobytes() for k, v in state)).hexdigest()
+
+
+def damage(name: str) -> tuple[str, ...]:
+    """What the gate `bytes` has against a challenger."""
+    with connected() as client:
+        version = aliased(client, name, "challenger")
+        assert version
+        return evidence.damage(version)
 
 
 def load(*names: str) -> dict[str, Any]:
@@ -131,6 +142,7 @@ def test_from_sqlite(project: Path) -> None:
     client.create_registered_model("two-sided")
     client.create_model_version("two-sided", source)
     client.set_registered_model_alias("two-sided", "challenger", "1")
+    assert not damage("pointed") + damage("copied")
     found = load("pointed", "copied", "two-sided")
     check(found["pointed"], model)
     check(found["copied"], model)
@@ -142,6 +154,7 @@ def test_over_a_server(project: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         model = register_as("far-pointed", "dvc")
         register_as("far-copied", "copy")
+        assert not damage("far-pointed") + damage("far-copied")
         found = load("far-pointed", "far-copied")
         record = MlflowClient(url).get_model_version_by_alias("far-copied", "challenger")
     check(found["far-pointed"], model)

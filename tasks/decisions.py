@@ -23,7 +23,6 @@ from typing import Any, Literal, Self, get_args
 
 from poemerge.errors import SourceError
 from poemerge.lineage import digest
-from tasks.promote.gates import Gate
 from tasks.versions import every
 
 FORMAT = "poemerge/decision/1"  # raise it when a decision's fields change their meaning
@@ -45,6 +44,27 @@ def who() -> str:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One question and its answer.
+
+    Attributes:
+        name: of the gate, as people and the audit table have it.
+        passed: what it says.
+        wanted: the number of params.yaml, or how many must hold.
+        found: the number of this version; None where there was nothing to ask.
+        margin: how far inside, or outside if negative.
+        sentence: all of it in words.
+    """
+
+    name: str
+    passed: bool
+    wanted: float
+    found: float | None
+    margin: float | None
+    sentence: str
 
 
 @dataclass(frozen=True)
