@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from poemerge.errors import SourceError
 
 SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
+TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
 VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
@@ -94,6 +95,22 @@ def _alone(uri: str) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed even where the holder is killed
         yield
+
+
+def upsert(write: Callable[..., object], *arguments: str) -> None:
+    """Set something in MLflow that somebody else may be setting at this very moment.
+
+    MLflow looks first and inserts then, so of two who set the same thing for the first time one is
+    refused; the second time he finds what the other has inserted.
+    """
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - as above
+
+    try:
+        write(*arguments)
+    except MlflowException as error:
+        if not TWICE.search(str(error)):
+            raise
+        write(*arguments)
 
 
 def experiment_id(client: Any, name: str) -> str:

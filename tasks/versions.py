@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poemerge.errors import SourceError
-from tasks.tracking import shown_uri, tracking_uri
+from tasks.tracking import shown_uri, tracking_uri, upsert
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -146,7 +146,18 @@ def tag(client: Any, version: "ModelVersion", tags: Mapping[str, str]) -> None:
     """Set tags of a version; what is so already is not written, and so nobody is notified of it."""
     for key, value in tags.items():
         if version.tags.get(key) != value:
-            client.set_model_version_tag(version.name, str(version.version), key, value)
+            upsert(client.set_model_version_tag, version.name, str(version.version), key, value)
+
+
+def tag_model(client: Any, name: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a registered model."""
+    for key, value in tags.items():
+        upsert(client.set_registered_model_tag, name, key, value)
+
+
+def point(client: Any, name: str, alias: str, number: int | str) -> None:
+    """Make an alias mean this version."""
+    upsert(client.set_registered_model_alias, name, alias, str(number))
 
 
 def download(place: str, folder: Path) -> dict[str, Path]:

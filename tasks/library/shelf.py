@@ -42,8 +42,7 @@ def add(expert: Expert, folder: Path) -> tuple[Expert, bool]:
         else:
             version = known
             _update(client, known, expert)
-        for key, value in expert.tags.items():
-            client.set_registered_model_tag(expert.name, key, value)
+        versions.tag_model(client, expert.name, expert.tags)
         return replace(expert, number=str(version.version)), known is None
 
 
@@ -118,8 +117,7 @@ def _update(client: Any, known: "ModelVersion", expert: Expert) -> None:
             f"--name to add them for {expert.task} on {expert.base} too."
         )
     if expert.score is not None:
-        score = expert.facts[versions.SCORE]
-        client.set_model_version_tag(then.name, then.number, versions.SCORE, score)
+        versions.tag(client, known, {versions.SCORE: expert.facts[versions.SCORE]})
 
 
 def _check_unused(client: Any, version: "ModelVersion") -> None:

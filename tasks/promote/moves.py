@@ -23,6 +23,7 @@ from tasks.versions import (
     aliases_of,
     every,
     numbered,
+    point,
     tag,
 )
 
@@ -94,12 +95,12 @@ def _point(client: Any, name: str, champions: Sequence[int], last: Row) -> None:
     if previous not in there and PREVIOUS in aliases:
         client.delete_registered_model_alias(name, PREVIOUS)
     elif previous in there and aliases.get(PREVIOUS) != str(previous):
-        client.set_registered_model_alias(name, PREVIOUS, str(previous))
+        point(client, name, PREVIOUS, previous)
     was = aliases.get(CHAMPION)
     if was not in {None, str(champion), str(last.decision.champion)}:
         logger.warning("champion of %s was version %s, but %s is in force", name, was, said(last))
     if was != str(champion):
-        client.set_registered_model_alias(name, CHAMPION, str(champion))
+        point(client, name, CHAMPION, champion)
 
 
 def _reasons(row: Row) -> dict[str, str]:

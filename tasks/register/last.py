@@ -13,7 +13,7 @@ from typing import Any
 from poemerge.errors import SourceError
 from tasks.dvc_store import is_held
 from tasks.tracking import connected, tracking_uri
-from tasks.versions import KEY, SOURCES, find, numbered, tag
+from tasks.versions import KEY, SOURCES, find, numbered, tag, tag_model
 
 INPUTS = "poemerge.inputs"  # JSON: what the key is made from
 LAST = "poemerge.last"  # tag of the registered model: number of a version
@@ -80,7 +80,7 @@ def keep(folder: Path, key: str, inputs: Mapping[str, Any]) -> None:
             message = f"MLflow has no version of {entry['name']} with the bytes that {folder} names"
             raise SourceError(f"{message}; run again.")
         tag(client, version, tags)
-        client.set_registered_model_tag(version.name, LAST, str(version.version))
+        tag_model(client, version.name, {LAST: str(version.version)})
 
 
 def last(name: str) -> Last | None:

@@ -29,6 +29,8 @@ from tasks.versions import (
     OVERRIDES,
     claim,
     find,
+    point,
+    tag,
 )
 
 LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
@@ -110,8 +112,8 @@ def record(experiment: str, entry: Entry, compared: Comparison) -> None:
             version = find(client, entry.name, entry.digest) or _create(
                 client, entry, own, compared
             )
-        client.set_registered_model_alias(entry.name, CHALLENGER, str(version.version))
-        client.set_model_version_tag(entry.name, str(version.version), EVALUATION, own)
+        point(client, entry.name, CHALLENGER, version.version)
+        tag(client, version, {EVALUATION: own})
 
 
 @contextmanager

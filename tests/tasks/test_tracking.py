@@ -1,15 +1,24 @@
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
+from sqlalchemy import event
 
 from poemerge.errors import SourceError
+from tasks import versions
 from tasks.tracking import connected
 
 ROOT = Path(__file__).parents[2]
+INSERT = """
+INSERT INTO registered_model_aliases (workspace, name, alias, version)
+VALUES ('default', 'tiny', 'live', 1)
+"""
 
 FIRST_USE = """
 import sys
@@ -61,3 +70,22 @@ def test_a_database_that_cannot_be_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
     with pytest.raises(SourceError, match=r"mlflow\.db\.lock cannot be written"):
         connected().__enter__()
+
+
+def test_an_alias_that_another_sets_at_the_same_moment_is_set(
+    tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shutil.copy(database, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+
+    def somebody_else(*_: object) -> None:
+        with sqlite3.connect(file) as other:
+            other.execute(INSERT)
+
+    with connected() as client:
+        client.create_registered_model("tiny")
+        for _ in range(2):
+            client.create_model_version("tiny", str(tmp_path), await_creation_for=0)
+        event.listen(SqlRegisteredModelAlias, "before_insert", somebody_else, once=True)
+        versions.point(client, "tiny", "live", 2)
+        assert versions.aliases_of(client, "tiny") == {"live": "2"}
