@@ -7,7 +7,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo full test lint repro docs clean
+.PHONY: demo full test reliability lint repro docs clean
 
 demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the test items
 	$(BIN)/poemerge run
@@ -17,6 +17,9 @@ full: .venv/base ## the same on all items
 
 test: lint ## lint, types, import contracts, all tests
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+reliability: .venv/done ## crashes, faults, bad input, as often as docs/reliability.md says; hours
+	$(BIN)/pytest tests/reliability --full
 
 lint: .venv/done
 	$(BIN)/ruff check .

@@ -67,6 +67,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("poemerge")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "try tests/reliability as often as docs/reliability.md says, and write that page"
+    parser.addoption("--full", action="store_true", help=text)
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> "Zoo":
     """The maker of tiny models."""
