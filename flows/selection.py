@@ -2,12 +2,17 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.params import Params, SourceParams, check, load
 from flows.places import PLAIN, Places
-from poemerge.errors import SettingError
-from tasks.versions import SCHEME
+from poemerge.errors import SettingError, SourceError
+from tasks.versions import SCHEME, is_ref
+
+if TYPE_CHECKING:
+    from tasks.library import Expert
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,8 @@ def find_places(path: Path, overrides: Sequence[str] = ()) -> Places:
         SourceError: MLflow refused, or the base cannot be found.
     """
     params, plain = load(path, overrides), load(PLAIN)
+    sources = {name: expert.source for name, expert in params.fetch.experts.items()}
+    check_bases(params.fetch.base.source, sources)
     named = with_experts(params)
     if params.fetch.select:
         check(path, named)
@@ -44,6 +51,39 @@ def with_experts(params: Params) -> Params:
     experts = fetch.experts | {n: SourceParams(source=s, sha256=None) for n, s in found.items()}
     chosen = fetch.model_copy(update={"experts": experts, "select": None})
     return params.model_copy(update={"fetch": chosen})
+
+
+def check_bases(base: str, sources: Mapping[str, str]) -> None:
+    """Refuse experts of the library that are of another base than this.
+
+    Args:
+        base: source of it.
+        sources: name → source of experts; what does not come from the library passes.
+
+    Raises:
+        SettingError: naming the first.
+        SourceError: the base cannot be found.
+    """
+    registered = [source for source in sources.values() if is_ref(source)]
+    if not registered:
+        return
+    from tasks import library  # noqa: PLC0415 - MLflow, DVC and torch wait until they are needed
+    from tasks.fetch import identify  # noqa: PLC0415
+
+    found = []
+    for source in registered:
+        with suppress(SourceError):  # fetch will say so, or keep the copy that it has
+            found.append(library.find(source))
+    ours = identify(base)
+    for expert in found:
+        if expert is not None and expert.base_digest != ours.digest:
+            raise _of_another_base(expert, base, "leave it out")
+
+
+def _of_another_base(expert: "Expert", base: str, cure: str) -> SettingError:
+    return SettingError(
+        f"{expert.uri} is an expert of {expert.base}, not of {base}; {cure}, or take that base."
+    )
 
 
 def select(base: str, wanted: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
@@ -75,10 +115,7 @@ def select(base: str, wanted: Mapping[str, str], given: Mapping[str, str]) -> di
     named: dict[str, str] = {}
     for expert in found:
         if expert.base_digest != ours.digest:
-            raise SettingError(
-                f"{expert.uri} is an expert of {expert.base}, not of {base}; select by a tag that "
-                "it does not have, or take that base."
-            )
+            raise _of_another_base(expert, base, "select by a tag that it does not have")
         name = expert.task if tasks.count(expert.task) == 1 else expert.name
         if name in named or name in given:
             raise SettingError(

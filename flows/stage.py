@@ -5,6 +5,7 @@ import sys
 
 from flows.cli import calm_down
 from flows.places import PLAIN, Places
+from flows.queue import turn
 from flows.selection import find_places
 from flows.steps import STAGES, steps
 from poemerge.errors import PoemergeError, SourceError
@@ -19,9 +20,10 @@ def main(arguments: list[str]) -> int:
         places = find_places(PLAIN)
         if stage != STAGES[0]:
             _check_fetched(places)
-        for step in steps(stage, places):
-            if not labels or step.label in labels:
-                step.run()
+        with turn(places.params.devices if stage != STAGES[0] else ()):
+            for step in steps(stage, places):
+                if not labels or step.label in labels:
+                    step.run()
     except PoemergeError as error:
         logging.getLogger(__name__).error("error: %s", error)  # noqa: TRY400 - one sentence, no trace
         return 1

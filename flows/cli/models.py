@@ -145,13 +145,14 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
     are dropped with a warning, since plain LoRA cannot hold them.
     """
     from flows.console import show_extraction, start_logging, tensor_progress
+    from flows.queue import turn
     from poemerge.extract import extract_adapter
 
     start_logging()
     folders = resolve(base, [expert])
     source = folders.pop("base")
     (tuned,) = folders.values()
-    with tensor_progress("extracting") as progress:
+    with turn([choices["device"]]), tensor_progress("extracting") as progress:
         report = extract_adapter(source, tuned, out, rank, progress=progress, **choices)
     show_extraction(report, out)
 

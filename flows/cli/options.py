@@ -101,9 +101,10 @@ def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> di
         name, equals, source = text.partition("=")
         source = source if equals else text
         sources[unused_name(name if equals else source_name(source), sources)] = source
-    if wanted:
-        from flows.selection import select
+    from flows.selection import check_bases, select
 
+    check_bases(base, {name: source for name, source in sources.items() if name != "base"})
+    if wanted:
         sources |= select(base, parse_tags(wanted), sources)
     folders = {name: local_folder(source) for name, source in sources.items()}
     hash_ahead(folders.values())

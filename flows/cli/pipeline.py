@@ -130,6 +130,7 @@ def report(
     page has rules, norms and certificates; residuals and uncertainty need its base and experts.
     """
     from flows.console import start_logging
+    from flows.queue import turn
     from tasks.report import PAGE, write_report
     from tasks.report.sources import Sources
 
@@ -139,7 +140,8 @@ def report(
     given = resolve(base, experts) if base else {}
     sources = Sources.find(folder, given.pop("base", None), given)
     out = out or sources.default_out(folder)
-    made = write_report(sources, out, **choices)
+    with turn([choices["device"]]):
+        made = write_report(sources, out, **choices)
     click.echo(f"{out / PAGE}{'' if made else ' was up to date'}")
     if show:
         click.launch(str(out / PAGE))

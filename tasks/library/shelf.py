@@ -53,6 +53,17 @@ def experts() -> tuple[Expert, ...]:
         return tuple(Expert.of(version, model.tags) for model, version in found if version)
 
 
+def find(source: str) -> Expert | None:
+    """The expert that a `models:/` source means now; None for a version of anything else.
+
+    Raises:
+        SourceError: there is no such version.
+    """
+    with connected() as client:
+        version = versions.resolve(client, source)
+        return Expert.of(version, {}) if versions.BASE_DIGEST in version.tags else None
+
+
 def select(wanted: Mapping[str, str]) -> tuple[Expert, ...]:
     """The newest version of every expert that has all these tags, by name.
 

@@ -149,6 +149,13 @@ def test_experts_of_another_base_are_refused_by_name(shelf: Path, zoo) -> None: 
     add("green", "--base", "data/other")
     with pytest.raises(SettingError, match=r"models:/green/1 is an expert of data/other, not of"):
         find_places(Path("params.yaml"))
+    named = ["fetch.select=null", "fetch.experts.mine.source=models:/green/1"]
+    with pytest.raises(SettingError, match=r"models:/green/1 is an expert of data/other, not of"):
+        find_places(Path("params.yaml"), named)
+    out = poemerge(
+        "merge", "--base", "data/base", "--expert", "models:/green/1", "--out", "m", code=1
+    )
+    assert "models:/green/1 is an expert of data/other" in out
     out = poemerge("merge", "--base", "data/base", "--select", "team=nlp", "--out", "m", code=1)
     assert "models:/green/1 is an expert of data/other" in out
     other = Source.of("base", Path("data/other"))
