@@ -79,6 +79,7 @@ for _command in (
     models.merge,
     models.extract,
     models.check,
+    models.plan,
     library.experts,
     records.methods,
     pipeline.report,

@@ -1,4 +1,4 @@
-"""Commands on models by hand: merge, extract, check."""
+"""Commands on models by hand: merge, extract, check, plan."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,11 +178,78 @@ def check(
     from flows.console import show_plan, start_logging
     from flows.overrides import in_bytes, parse_settings
     from poemerge.device import pick_device
-    from poemerge.merging.cost import estimate_seconds
+    from poemerge.merging.jobs import Schedule, jobs
     from poemerge.merging.plan import plan_merge
+    from poemerge.merging.rates import Rates
 
     start_logging()
     where = pick_device(device)
     folders = resolve(base, experts, wanted)
     with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
-        show_plan(plan, where, in_bytes(memory), estimate_seconds(plan, where))
+        alone = Schedule.balanced(jobs(plan), Rates.measured(where), workers=1)
+        show_plan(plan, where, in_bytes(memory), alone.seconds)
+
+
+@click.command()
+@click.option("--base", required=True, metavar="SRC", help="Checkpoint that they share.")
+@click.option(
+    "--expert", "experts", multiple=True, metavar="[NAME=]SRC", help="To merge; repeatable."
+)
+@click.option("--experts", "count", default=0, metavar="N", help="So many more, like the base.")
+@click.option("--rank", type=click.IntRange(min=1), help="Those are LoRA of this rank. [full]")
+@method_option
+@set_option
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1))
+@device_option
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), help="GB of a worker.")
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    metavar="KEY=N",
+    help="Billions a second of a worker: bandwidth, hashing, memory (bytes), single, double "
+    "(operations in fp32, fp64); repeatable. [measured here]",
+)
+@click.option("--storage", type=float, metavar="GB/S", help="Bandwidth that workers share.")
+@click.option(
+    "--overhead", default=0.0, show_default=True, help="Seconds of a job beside its work."
+)
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def plan(
+    base: str,
+    experts: Sequence[str],
+    count: int,
+    rank: int | None,
+    method: str,
+    overrides: Sequence[str],
+    device: str,
+    rates: Sequence[str],
+    storage: float | None,
+    *,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Say what a merge would take on other machines, from headers or a config.json alone.
+
+    SRC is a checkpoint or adapter folder, a config.json, or hf://org/name@revision, of which the
+    headers alone are downloaded.
+    """
+    import json
+
+    from flows.cli.options import named
+    from flows.overrides import parse_settings
+    from flows.plan_table import show_outlook
+    from flows.planning import GIGA, Outlook, Wanted, rates_of
+
+    sources = named(experts)
+    if not sources and count < 1:
+        raise click.UsageError("Give --expert or --experts, or both.")
+    wanted = Wanted(base, sources, count, rank, method, parse_settings(overrides))
+    shared = None if storage is None else storage * GIGA
+    with wanted.planned() as planned:
+        known = rates_of(rates, device)
+        outlook = Outlook.of(planned, device, known, storage=shared, **choices)
+    if as_json:
+        click.echo(json.dumps(outlook.as_json(), indent=2))
+        return
+    show_outlook(outlook, f"{method} of {len(sources) + count} experts")

@@ -83,6 +83,19 @@ def source_name(source: str) -> str:
     return path.parent.name if NUMBERED.fullmatch(source) else path.name
 
 
+def named(experts: Sequence[str]) -> dict[str, str]:
+    """Name → SRC of experts that are given as `[NAME=]SRC`; none is called `base`."""
+    from poemerge.names import unused_name
+
+    sources = {"base": ""}
+    for text in experts:
+        name, equals, source = text.partition("=")
+        source = source if equals else text
+        sources[unused_name(name if equals else source_name(source), sources)] = source
+    del sources["base"]
+    return sources
+
+
 def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, Path]:
     """Name → folder that the core can read, the base first; what is no such folder is fetched.
 
@@ -92,15 +105,10 @@ def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> di
         wanted: `tag=value` that experts of the library have, all of them.
     """
     from poemerge.lineage import hash_ahead
-    from poemerge.names import unused_name
 
     if not experts and not wanted:
         raise click.UsageError("Give --expert or --select, or both.")
-    sources = {"base": base}
-    for text in experts:
-        name, equals, source = text.partition("=")
-        source = source if equals else text
-        sources[unused_name(name if equals else source_name(source), sources)] = source
+    sources = {"base": base, **named(experts)}
     from flows.selection import check_bases, select
 
     check_bases(base, {name: source for name, source in sources.items() if name != "base"})

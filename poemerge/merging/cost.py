@@ -1,41 +1,76 @@
-"""What a planned merge will take: floating-point operations and bytes, over rates measured now."""
+"""What merging a planned group takes: bytes through disk and memory, floating-point operations."""
 
-import hashlib
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Self
 
-import torch
-
+from poemerge.checkpoint import TensorInfo
 from poemerge.merging.groups import Group
 from poemerge.merging.plan import Plan
 from poemerge.poe.solver import SMALL
-from poemerge.rules import FORMULA, MATRIX, VOCABULARY
+from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
 
 STEPS = 8  # reweightings that a heavy-tailed solve is counted with
 PASSES = 12  # over an update, by an elementwise method
-PROBE = 768  # side of the matrix product that measures arithmetic
-PROBE_BYTES = 16 << 20
 
 
-def estimate_seconds(plan: Plan, device: torch.device) -> float:
-    """Wall seconds of executing `plan` on `device`, to within a factor of about two.
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work takes; costs add up.
 
-    Reading, hashing and writing are counted at the rate at which this machine hashes.
+    Attributes:
+        read: bytes of the base and of the experts, as they are stored.
+        written: bytes of the merged weights.
+        single: floating-point operations in fp32.
+        double: in fp64.
+        traffic: bytes through the memory, beside those operations.
     """
-    seconds = 0.0
-    for dtype in (torch.float32, torch.float64):
-        flops = sum(_flops(group, plan) for group in plan.groups if _dtype(group, plan) == dtype)
-        seconds += flops / _flop_rate(device, dtype) if flops else 0.0
-    passes = sum(len(group.tensors) * _pass_bytes(group, plan) for group in plan.groups)
-    total = plan.read_bytes + 2 * sum(info.bytes for info in plan.base.tensors.values())
-    return seconds + passes / _pass_rate(device) + total / _hash_rate()
+
+    read: float = 0.0
+    written: float = 0.0
+    single: float = 0.0
+    double: float = 0.0
+    traffic: float = 0.0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @classmethod
+    def sum(cls, costs: Iterable[Self]) -> Self:
+        """Of no costs, nothing."""
+        total = cls()
+        for cost in costs:
+            total += cost
+        return total
 
 
-def _dtype(group: Group, plan: Plan) -> torch.dtype:
-    """In which its matrices are solved."""
+def cost_of(group: Group, plan: Plan) -> Cost:
+    """Of all tensors of a group, to within a factor of about two."""
+    if group.rule == TIED:
+        return Cost()
+    size = sum(info.bytes for info in group.tensors)
+    read = size + sum(_stored(info, group, plan) for info in group.tensors)
+    flops, traffic = _flops(group, plan), len(group.tensors) * _traffic(group, plan)
+    if _is_exact(group, plan):
+        return Cost(read, size, double=flops, traffic=traffic)
+    return Cost(read, size, single=flops, traffic=traffic)
+
+
+def _stored(info: TensorInfo, group: Group, plan: Plan) -> int:
+    """Bytes of the voters' weights or factors of one tensor, on disk."""
+    total = 0
+    for voter in group.voters if group.rule != COPY else ():
+        expert = plan.experts[voter]
+        rank = expert.rank(info)
+        entries = group.size if rank is None else rank * sum(group.shape)
+        total += entries * expert.stored(info).itemsize
+    return total
+
+
+def _is_exact(group: Group, plan: Plan) -> bool:
+    """True if its matrices are solved in fp64."""
     small = min(group.shape, default=0) <= SMALL
-    is_exact = small or group.in_factors or plan.method.work is not None
-    return torch.float64 if is_exact else torch.float32
+    return small or group.in_factors or plan.method.work is not None
 
 
 def _flops(group: Group, plan: Plan) -> float:
@@ -62,33 +97,8 @@ def _product_flops(group: Group, plan: Plan) -> float:
     return factor + forms + steps * (4.0 * side**2 * other + side**3 / 3)
 
 
-def _pass_bytes(group: Group, plan: Plan) -> float:
-    """Memory traffic of one tensor: base and result, and the updates of elementwise methods."""
+def _traffic(group: Group, plan: Plan) -> float:
+    """Of one tensor: base and result, and the updates of elementwise methods."""
     size = 4.0 * group.size
     elementwise = group.rule == FORMULA and not plan.method.factors(plan.settings)
     return size * (6 + (PASSES * len(group.voters) if elementwise else 2 * len(group.voters)))
-
-
-def _flop_rate(device: torch.device, dtype: torch.dtype) -> float:
-    matrix = torch.ones(PROBE, PROBE, dtype=dtype, device=device)
-    return 2.0 * PROBE**3 / _seconds(lambda: float((matrix @ matrix)[0, 0]))
-
-
-def _pass_rate(device: torch.device) -> float:
-    vector = torch.ones(PROBE_BYTES // 4, device=device)
-    return 2.0 * PROBE_BYTES / _seconds(lambda: float((vector + vector)[0]))
-
-
-def _hash_rate() -> float:
-    data = bytes(PROBE_BYTES)
-    return PROBE_BYTES / _seconds(lambda: hashlib.sha256(data).digest())
-
-
-def _seconds(probe: Callable[[], object]) -> float:
-    """Best of three: the machine's rate, not its mood."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        probe()
-        times.append(time.perf_counter() - start)
-    return max(min(times), 1e-9)

@@ -45,8 +45,8 @@ def open_repository(address: str) -> Origin:
     if parts is None:
         raise SourceError(f"hf://{address} is no model of a hub; write hf://org/name@revision.")
     repo, revision = parts["repo"], parts["revision"] or "main"
-    with _explained(address):
-        info = HfApi(endpoint=_endpoint()).model_info(repo, revision=revision, files_metadata=True)
+    with explained(address):
+        info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     files = {name: _stated(siblings[name]) for name in select(f"hf://{address}", siblings)}
     commit = str(info.sha)
@@ -60,13 +60,13 @@ def open_repository(address: str) -> Origin:
 
 
 def _download(address: str, repo: str, commit: str, files: Mapping[str, str], folder: Path) -> None:
-    with _explained(address):
+    with explained(address):
         snapshot_download(
             repo,
             revision=commit,
             local_dir=folder,
             allow_patterns=[escape(name) for name in files],
-            endpoint=_endpoint(),
+            endpoint=endpoint(),
         )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     for name, stated in files.items():
@@ -74,7 +74,7 @@ def _download(address: str, repo: str, commit: str, files: Mapping[str, str], fo
     settle(folder, files)
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
     """HF_ENDPOINT as it is now: huggingface_hub reads it only once, when it is imported."""
     return os.environ.get("HF_ENDPOINT") or None
 
@@ -100,7 +100,7 @@ def _git_blob(path: Path) -> str:
 
 
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
+def explained(address: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into one sentence; no header, and so no token, is in it."""
     try:
         yield
@@ -111,7 +111,7 @@ def _explained(address: str) -> Iterator[None]:
 
 
 def _explain(source: str, error: Exception) -> SourceError:
-    host = urlsplit(_endpoint() or "https://huggingface.co").hostname
+    host = urlsplit(endpoint() or "https://huggingface.co").hostname
     # "Not in the local cache either" is no news here: what counts is why the hub gave nothing.
     match error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error:
         case OfflineModeIsEnabled():

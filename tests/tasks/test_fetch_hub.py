@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, hash_files
 from tasks.fetch import OfflineError, UnreachableError, fetch, fetched, resolve
+from tasks.fetch.headers import open_headers
 
 SOURCE = "hf://org/model"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -60,6 +63,7 @@ class Hub:
     short: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
+    sent: int = 0  # bytes of files
 
     @property
     def downloads(self) -> list[str]:
@@ -142,7 +146,11 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:-1]
         if path in self.hub.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.answer(200, content, headers)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
+        if asked and self.command == "GET":
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        self.hub.sent += len(content) * (self.command == "GET")
+        self.answer(206 if asked else 200, content, headers)
 
     def answer(
         self, status: int, body: bytes | str = b"", headers: dict[str, str] | None = None
@@ -415,3 +423,23 @@ def test_an_intact_copy_is_kept_while_the_hub_is_away(
     (tmp_path / "out/config.json").write_text("{}")
     with pytest.raises(OfflineError):
         run(tmp_path / "out")
+
+
+def test_headers_alone_are_downloaded_to_plan(hub: Hub, tmp_path: Path) -> None:
+    large = {"up.weight": torch.zeros(2000, 500), "norm.weight": torch.zeros(500)}
+    config = MODEL["config.json"]
+    model = {"model.safetensors": save(large), "config.json": config}
+    hub.commits[FIRST] = model
+    folder = open_headers("hf://org/model", tmp_path / "ghost")
+    with Checkpoint(folder) as ghost:
+        assert {n: i.shape for n, i in ghost.tensors.items()} == {
+            "norm.weight": (500,), "up.weight": (2000, 500),
+        }  # fmt: skip
+    assert (folder / "config.json").read_bytes() == config
+    assert hub.sent < 150_000 < len(model["model.safetensors"])
+    hub.commits[FIRST] = {"pytorch_model.bin": b"", "config.json": config}
+    with pytest.raises(SourceError, match="has pickles alone"):
+        open_headers("hf://org/model", tmp_path / "pickled")
+    hub.branches.clear()
+    with pytest.raises(SourceError, match="has no such revision"):
+        open_headers("hf://org/model@gone", tmp_path / "gone")
