@@ -116,3 +116,20 @@ def _process(row: Mapping[str, Any], key: str, unit: float) -> list[str]:
         f"{row['ratio'][key]:.1f}",
         f"{row['over_floor'][key]:.1f}",
     ]
+
+
+def show_foreseen(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Foreseen and measured, side by side."""
+    table = Table(title="what was foreseen, and what it took")
+    for name in ("method", "foreseen, s", "measured, s", "ratio", "foreseen, GB", "peak, GB"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['foreseen']:.2f}",
+            f"{row['seconds']:.2f}",
+            f"{row['foreseen'] / row['seconds']:.2f}",
+            f"{row['announced'] / 1e9:.2f}",
+            f"{row['peak'] / 1e9:.2f}",
+        )
+    console.print(table)
