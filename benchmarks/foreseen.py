@@ -16,16 +16,7 @@ from benchmarks.child import run
 from benchmarks.process import HERE, OFFLINE
 from benchmarks.tables import show_foreseen
 
-METHODS = [
-    "average",
-    "task_arithmetic",
-    "ties",
-    "dare_ties",
-    "gaussian_poe",
-    "cauchy_poe",
-    "tsv_m",
-    "iso_c",
-]
+METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe", "tsv_m")
 MODELS = 5  # that benchmarks.models names, on its last lines
 
 
