@@ -12,8 +12,8 @@ stack offer the same views, so that a method is written once:
     mT, part(b)       the stack of the transposes, of one tensor
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -246,15 +246,48 @@ class LowRankStack:
         Returns:
             Ã (B, E, K or O, K' or I), and the way back, in factors if any axis was exchanged.
         """
-        ups = tuple(up.double() for up in self.ups)
-        downs = tuple(down.double().mT for down in self.downs)
+        left, right, ups, downs = self._joint(rows, columns)
+        small = torch.stack([up @ down.mT for up, down in zip(ups, downs, strict=True)], dim=1)
+        return small, lambda inner: _lift(inner, left, right)
+
+    @property
+    def is_single(self) -> bool:
+        """True for a batch of one matrix."""
+        return self.ups[0].shape[0] == 1
+
+    def reduced_bytes(self, rows: bool, columns: bool) -> int:
+        """Size of what `reduced` returns."""
+        rank = sum(down.shape[-2] for down in self.downs)
+        tall, wide = (
+            min(size, rank) if is_reduced else size
+            for size, is_reduced in zip(self.shape, (rows, columns), strict=True)
+        )
+        return 8 * len(self.ups) * tall * wide * self.ups[0].shape[0]
+
+    def streamed(self, rows: bool, columns: bool) -> "tuple[StreamedStack, Lift]":
+        """`reduced`, of one matrix whose experts are too many to hold multiplied out."""
+        assert self.is_single
+        left, right, ups, downs = self._joint(rows, columns)
+        shape = (ups[0].shape[-2], downs[0].shape[-2])
+
+        def read(index: int) -> Tensor:
+            return ups[index][0] @ downs[index][0].mT
+
+        stream = StreamedStack(read, len(ups), shape, torch.float64)
+        return stream, lambda inner: _lift(inner, left, right)
+
+    def _joint(
+        self, rows: bool, columns: bool
+    ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
+        """Bases (B, O, K) and (B, I, K'), where asked for, and the factors in them, in fp64."""
+        ups: Sequence[Tensor] = [up.double() for up in self.ups]
+        downs: Sequence[Tensor] = [down.double().mT for down in self.downs]
         left = right = None
         if rows:
             left, ups = joint_basis(ups)
         if columns:
             right, downs = joint_basis(downs)
-        small = torch.stack([up @ down.mT for up, down in zip(ups, downs, strict=True)], dim=1)
-        return small, lambda inner: _lift(inner, left, right)
+        return left, right, ups, downs
 
 
 def _lift(inner: Tensor, left: Tensor | None, right: Tensor | None) -> Update:
@@ -265,6 +298,41 @@ def _lift(inner: Tensor, left: Tensor | None, right: Tensor | None) -> Update:
         assert left is not None
         return LowRank(left, inner if right is None else inner @ right.mT)
     return LowRank(inner if left is None else left @ inner, right.mT)
+
+
+@dataclass(frozen=True)
+class StreamedStack:
+    """Task vectors of E experts for one matrix, too many to hold: read anew whenever needed.
+
+    Args:
+        read: index of an expert → its update (O, I), on the device.
+        count: E.
+        shape: (O, I).
+        dtype: in which they are given.
+    """
+
+    read: Callable[[int], Tensor]
+    count: int
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def mT(self) -> "StreamedStack":  # noqa: N802 - as torch spells it
+        """The stack of the transposes."""
+        rows, columns = self.shape
+        return replace(self, read=lambda index: self.read(index).mT, shape=(columns, rows))
+
+    def double(self) -> "StreamedStack":
+        """The same in fp64."""
+        return replace(self, dtype=torch.float64)
+
+    def each(self) -> Iterator[Tensor]:
+        """E updates (O, I), one after the other."""
+        return (self.read(index).to(self.dtype) for index in range(self.count))
+
+    def reduced(self, rows: bool, columns: bool) -> "tuple[StreamedStack, Lift]":  # noqa: ARG002
+        """The updates as they are: a joint basis would have to hold them all."""
+        return self, Dense
 
 
 Stack = DenseStack | LowRankStack

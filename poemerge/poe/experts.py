@@ -19,6 +19,8 @@ from torch import Tensor
 from poemerge.poe.entrywise import Entrywise
 from poemerge.poe.onesided import OneSided
 from poemerge.poe.root import Root
+from poemerge.poe.streamed import StreamedGrams
+from poemerge.task_vector import StreamedStack
 
 
 class Tail(Protocol):
@@ -77,7 +79,9 @@ class Precision:
         reduces: axes that may be exchanged for a joint orthonormal basis without changing any q_i:
             that on which P_i acts, and the free one.
         curvature: what the experts' files must hold for each tensor; empty if none is needed.
-        form: (updates (B, E, O, I), curvature or None) → Form; P_i acts on the axis O.
+        form: (updates (B, E, O, I), or a stream of them; curvature or None; O; pieces) → Form;
+            P_i acts on the axis O.
+        streams: True if experts may come one by one.
     """
 
     meaning: str
@@ -85,6 +89,14 @@ class Precision:
     reduces: tuple[bool, bool]
     curvature: str
     form: Callable[..., Form]
+    streams: bool = False
+
+
+def _grams(deltas: Tensor | StreamedStack, _: None, dimension: int, pieces: int = 1) -> Form:
+    """Held, or formed anew for every pass where there are too many."""
+    if isinstance(deltas, StreamedStack):
+        return StreamedGrams.of(deltas, dimension)
+    return OneSided.of_grams(deltas, None, dimension, pieces)
 
 
 PRECISIONS: Mapping[str, Precision] = {
@@ -93,7 +105,8 @@ PRECISIONS: Mapping[str, Precision] = {
         matrices=True,
         reduces=(True, True),
         curvature="",
-        form=OneSided.of_grams,
+        form=_grams,
+        streams=True,
     ),
     "identity": Precision(
         "every entry alike",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from poemerge import linalg
-from poemerge.poe.root import CholeskyRoot
+from poemerge.poe.systems import OneAxis
 
 
 @dataclass(frozen=True)
-class OneSided:
+class OneSided(OneAxis):
     """Forms of E experts for B·N matrices, N pieces of a matrix sharing its precisions.
 
     The batch axis of everything but precisions and traces counts pieces: (B·N, ...). Targets are
@@ -85,20 +85,10 @@ class OneSided:
         values = (quadratic - cross + self.origins).clamp_min(0)
         return values, quadratic.abs() + cross.abs() + self.origins
 
-    def mode(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-        """The M (B·N, O, I) with H M = b; True (B·N,) where H is not positive definite."""
-        matrix, right = self.system(weights, ridge)
-        factor, failed = linalg.cholesky(matrix)
-        return linalg.solve(factor, right), failed
-
     def pulls(self, merged: Tensor) -> Tensor:
         """P_i (M - A_i) (B·N, E, O, I)."""
         precisions = self.precisions.repeat_interleave(self.pieces, dim=0)
         return precisions @ merged.unsqueeze(1) - self.targets.mT
-
-    def root(self, weights: Tensor, ridge: Tensor) -> CholeskyRoot:
-        """The Cholesky factor of H."""
-        return CholeskyRoot(linalg.cholesky(self.system(weights, ridge)[0])[0])
 
     def system(self, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         """H = Σ α_i P_i + λ I (B·N, O, O), b = Σ α_i P_i A_i (B·N, O, I); α (B·N, E), λ (B·N,)."""
@@ -107,17 +97,6 @@ class OneSided:
         matrix = torch.einsum("bne,beij->bnij", by_matrix, self.precisions).flatten(0, 1)
         matrix.diagonal(dim1=-2, dim2=-1).add_(ridge.to(matrix).unsqueeze(-1))
         return matrix, torch.einsum("be,beij->bij", alpha, self.targets).mT
-
-    def certify(self, merged: Tensor, weights: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-        """||H M - b|| / ||b|| and the condition of H, (B·N,) each."""
-        matrix, right = self.system(weights, ridge)
-        miss = torch.linalg.matrix_norm(matrix @ merged - right).double()
-        size = torch.linalg.matrix_norm(right).double()
-        smallest, largest = linalg.extreme_eigenvalues(matrix, linalg.cholesky(matrix)[0])
-        if matrix.shape[-1] < self.dimension:
-            # Beyond the subspace of the experts λ is the only eigenvalue, if there is a λ.
-            smallest = torch.where(ridge > 0, torch.minimum(smallest, ridge), smallest)
-        return torch.where(size > 0, miss / size, miss), largest / smallest
 
     def mean_diagonal(self, weights: Tensor) -> Tensor:
         """tr(Σ w_i P_i) / O (B·N,)."""

@@ -21,10 +21,11 @@ from torch.nn.functional import pad
 
 from poemerge.method import Call
 from poemerge.poe.experts import Precision
-from poemerge.poe.solver import Problem
-from poemerge.task_vector import DenseStack, Lift, Stack, Update
+from poemerge.poe.solver import Problem, Updates
+from poemerge.task_vector import DenseStack, Lift, LowRankStack, Stack, StreamedStack, Update
 
 ROWS, COLUMNS = -2, -1
+HELD = 1 << 30  # bytes of all experts' coordinates of a matrix; beyond, experts come one by one
 Fact = TypeVar("Fact")
 
 
@@ -55,7 +56,9 @@ class Pieces:
         return found
 
 
-def cut_up(stack: Stack, call: Call, precision: Precision, *, turned: bool) -> Pieces:
+def cut_up(
+    stack: Stack | StreamedStack, call: Call, precision: Precision, *, turned: bool
+) -> Pieces:
     """The problems that a stack of matrices (O, I) falls into.
 
     Args:
@@ -65,13 +68,22 @@ def cut_up(stack: Stack, call: Call, precision: Precision, *, turned: bool) -> P
         turned: True if the stack is transposed, so that the cut names the other axis.
     """
     if call.cut is None:
-        deltas, lift = stack.reduced(*precision.reduces)
+        deltas, lift = _coordinates(stack, precision)
         whole = Problem(deltas, call.curvature, call.weights, stack.shape[0], seeds=call.draw_seeds)
-        return Pieces((whole,), lambda answers: lift(answers[0]), len(deltas))
+        return Pieces((whole,), lambda answers: lift(answers[0]), len(call.weights))
+    assert not isinstance(stack, StreamedStack)  # which the plan makes of whole matrices alone
     axis = COLUMNS if (call.cut.axis == "rows") == turned else ROWS
     if axis == COLUMNS and precision.matrices and not call.cut.apart:
         return _share(stack, call, precision)
     return _part(stack, call, precision, axis)
+
+
+def _coordinates(stack: Stack | StreamedStack, precision: Precision) -> tuple[Updates, Lift]:
+    """Updates in a joint basis, one by one where they would take more than `HELD` bytes."""
+    axes = precision.reduces
+    if not (isinstance(stack, LowRankStack) and precision.streams and stack.is_single):
+        return stack.reduced(*axes)
+    return stack.streamed(*axes) if stack.reduced_bytes(*axes) > HELD else stack.reduced(*axes)
 
 
 def _share(stack: Stack, call: Call, precision: Precision) -> Pieces:

@@ -12,10 +12,10 @@ from poemerge.poe.pieces import Pieces, cut_up
 from poemerge.poe.settings import ProductSettings
 from poemerge.poe.solver import Energy, pose, solve_matrices
 from poemerge.posterior.draws import posterior_of, summarise
-from poemerge.task_vector import Dense, DenseStack, Stack, Update
+from poemerge.task_vector import Dense, DenseStack, Stack, StreamedStack, Update
 
 
-def product_of_experts(stack: Stack, energy: Energy, call: Call) -> Merged:
+def product_of_experts(stack: Stack | StreamedStack, energy: Energy, call: Call) -> Merged:
     """Solve every tensor of the stack for the mode of its product of experts.
 
     Args:
@@ -27,6 +27,7 @@ def product_of_experts(stack: Stack, energy: Energy, call: Call) -> Merged:
         NumericalError: a system has no unique solution, even in fp64.
     """
     if len(stack.shape) != 2:
+        assert not isinstance(stack, StreamedStack)
         return _as_rows(stack, energy, call)
     if call.cut is None:
         call = replace(call, cut=_blocks(stack, energy.settings))
@@ -62,7 +63,7 @@ def _posterior(
     return Posterior(facts, map(join, draws))
 
 
-def _blocks(stack: Stack, settings: ProductSettings) -> Cut | None:
+def _blocks(stack: Stack | StreamedStack, settings: ProductSettings) -> Cut | None:
     """The pieces that the settings ask for, whatever the matrix is called."""
     rows, columns = stack.shape
     if settings.granularity == "rows":

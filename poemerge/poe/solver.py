@@ -11,10 +11,12 @@ from poemerge.poe.certificate import Certificate, certify
 from poemerge.poe.experts import PRECISIONS, Form, Tail
 from poemerge.poe.inference import Stop, solve
 from poemerge.poe.settings import ProductSettings
+from poemerge.task_vector import StreamedStack
 
 SMALL = 256  # rows of a system that is solved in fp64 at once: it costs next to nothing
 PROBE_RIDGE = 1e-2  # relative, of the Gaussian mode at which residuals are measured
 
+Updates = Tensor | StreamedStack
 Measure = Callable[[], Tensor]
 TailOf = Callable[[Form, Tensor, Measure], Tail]
 
@@ -40,7 +42,8 @@ class Problem:
     """A batch of matrices to solve.
 
     Attributes:
-        deltas: updates (B, E, O, N·I), or their coordinates in a joint space.
+        deltas: updates (B, E, O, N·I), or their coordinates in a joint space; a stream of those
+            of one matrix (E, O, I) where they are too many to hold.
         curvature: as in `Call`, or None.
         weights: say of the experts (B, E).
         dimension: O of the whole matrices.
@@ -48,7 +51,7 @@ class Problem:
         seeds: of what is drawn at random, one a matrix; none if nothing is.
     """
 
-    deltas: Tensor
+    deltas: Updates
     curvature: Tensor | None
     weights: Tensor
     dimension: int
@@ -57,6 +60,8 @@ class Problem:
 
     def one(self, index: int) -> "Problem":
         """One matrix of the batch, with its pieces, in fp64."""
+        if isinstance(self.deltas, StreamedStack):
+            return self.double()
         own = slice(index, index + 1)
         given = None if self.curvature is None else self.curvature[own]
         deltas = self.deltas[own].double()
