@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.scale.__main__ import CASES, PAGE, page
 from flows.cli import main
 from flows.planning import rates_of
 from poemerge.checkpoint import Checkpoint
@@ -13,6 +14,7 @@ from poemerge.errors import SettingError, SourceError
 from tasks.fetch.headers import open_headers
 from tests.zoo import Zoo, config
 
+ROOT = Path(__file__).parents[2]
 RATES = ["bandwidth=1", "hashing=1e9", "single=1", "double=1", "memory=1e9"]
 
 
@@ -81,3 +83,9 @@ def test_rates_that_are_not_given_are_measured() -> None:
     found = rates_of(["single=7"], "cpu")
     assert found.single == 7e9
     assert min(found.bandwidth, found.hashing, found.double, found.memory) > 1e6
+
+
+def test_the_page_on_scale_says_what_its_command_gives() -> None:
+    case = next(case for case in CASES if case.method == "average")
+    (row,) = page([case]).splitlines()[-1:]
+    assert row in (ROOT / PAGE).read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,1 @@
+"""Plans of merges that nobody has done."""
