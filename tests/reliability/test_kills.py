@@ -1,13 +1,13 @@
 """Commands that are killed or stopped at random moments, and the same command once more."""
 
 import json
-import os
 import random
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -47,10 +47,11 @@ sweep:
 class Subject(Protocol):
     """Something that is done by one command, and may be disturbed."""
 
+    sources: Path  # of all that the command needs
     words: tuple[str, ...]
 
     def fresh(self, folder: Path) -> None:
-        """Put all into `folder` that the command needs."""
+        """Make a copy of the sources to work in."""
 
     def is_done(self, folder: Path) -> bool:
         """True if the command would have nothing to do; nothing half done may look like that."""
@@ -66,7 +67,7 @@ class Merge:
     sources: Path
     words = (
         *("merge", "--base", "base", "--expert", "a", "--expert", "b", "--out", "out"),
-        *("--method", "cauchy_poe", "--device", "cpu"),
+        *("--method", "gaussian_poe", "--device", "cpu"),
     )
 
     def fresh(self, folder: Path) -> None:
@@ -89,11 +90,11 @@ class Merge:
 class Sweep:
     """`poemerge sweep` over three candidates."""
 
-    project: Path
+    sources: Path
     words = ("sweep",)
 
     def fresh(self, folder: Path) -> None:
-        shutil.copytree(self.project, folder, symlinks=True)
+        shutil.copytree(self.sources, folder, symlinks=True)
 
     def is_done(self, folder: Path) -> bool:
         return any(folder.glob(".poemerge/sweep/*/sweep.json"))
@@ -112,13 +113,13 @@ class Sweep:
 class Registration:
     """`poemerge run` where everything up to the evaluation is done."""
 
-    project: Path
+    sources: Path
     words = ("run",)
 
     def fresh(self, folder: Path) -> None:
-        shutil.copytree(self.project, folder, symlinks=True)
+        shutil.copytree(self.sources, folder, symlinks=True)
 
-    def is_done(self, folder: Path) -> bool:
+    def is_done(self, folder: Path) -> bool:  # noqa: ARG002 - it looks for itself
         return False
 
     def check(self, folder: Path, undisturbed: Path) -> None:
@@ -219,23 +220,30 @@ def evaluated(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
+def left_alone(subject: Subject) -> tuple[Path, float]:
+    """The folder of an undisturbed command, and the seconds that it took."""
+    folder = subject.sources.parent / f"{subject.sources.name}-undisturbed"
+    subject.fresh(folder)
+    return folder, done(command(subject.words, folder)).seconds
+
+
 def disturb(
     trials: Trials, counts: Mapping[str, int], subject: Subject, root: Path, *blows: signal.Signals
 ) -> None:
     """Strike at a random moment, do the same once more, and compare with what was left alone."""
-    subject.fresh(root / "undisturbed")
-    whole = done(command(subject.words, root / "undisturbed"))
+    undisturbed, seconds = left_alone(subject)
     for number in trials(**counts):
         folder = root / str(number)
         subject.fresh(folder)
         with trials.trial(number):
             dice = random.Random(number)
-            blow = Blow(dice.choice(blows), dice.random() * whole.seconds)
+            blow = Blow(dice.choice(blows), dice.random() * seconds)
             struck = command(subject.words, folder, blow=blow)
             check_end(struck, blow)
             if not subject.is_done(folder):
                 done(command(subject.words, folder))
-            subject.check(folder, root / "undisturbed")
+            subject.check(folder, undisturbed)
         shutil.rmtree(folder)
 
 
