@@ -1,40 +1,94 @@
 """Write beside, then rename: what stands under its final name is complete."""
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from poemerge.errors import MachineError, PoemergeError
+
 PARTIAL = ".partial"
+# What the disk says where the fault is not in what was asked for.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that takes its place on success and vanishes on error.
+def new_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `out` that takes its place on success and vanishes on error.
 
     Args:
         out: final place; what stands there already is replaced only once the work is done.
+        resumable: True for work that goes on from what an earlier try has left in the folder, which
+            is empty otherwise. What there is when the work is interrupted, or the machine gives
+            out, is then left to the next try; what is refused vanishes all the same.
+
+    Raises:
+        MachineError: the disk is full, read-only or broken.
     """
-    partial = out.with_name(out.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
+    partial = _beside(out)
+    if not resumable:
         shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with disk_errors(out):
+            partial.mkdir(parents=True, exist_ok=resumable)
+            yield partial
+            _put(partial, out)
+    except BaseException as error:
+        refused = isinstance(error, PoemergeError) and not isinstance(error, MachineError)
+        if refused or not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # it is not empty, or not there
+            partial.rmdir()
+        raise
+
+
+@contextmanager
+def disk_errors(place: Path | str) -> Iterator[None]:
+    """Say in a sentence that the disk is full, read-only or broken.
+
+    Args:
+        place: what the block is to make.
+
+    Raises:
+        MachineError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        message = f"{place} could not be made ({error.strerror}{where}); mend that and run again."
+        raise MachineError(message) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 at `path`, whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = _beside(path)
+    with disk_errors(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON at `path`, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _put(folder: Path, out: Path) -> None:
+    """Replace `out`: whoever is killed on the way leaves it whole, or leaves none."""
+    old = _beside(out.with_name(out.name + ".old"))
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

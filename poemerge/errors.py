@@ -19,3 +19,7 @@ class SettingError(PoemergeError):
 
 class NumericalError(PoemergeError):
     """A solve failed although its inputs were sound."""
+
+
+class MachineError(PoemergeError):
+    """The machine gave out: its disk is full or read-only, its memory does not suffice."""

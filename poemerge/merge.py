@@ -24,6 +24,7 @@ from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
+from poemerge.unchanged import unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ def merge_checkpoints(
 ) -> MergeReport:
     """Merge experts that were fine-tuned from one base into a model folder.
 
+    A merge that was stopped is gone on with by the same call: what it has finished is in
+    `OUT.partial`, and is kept if it still holds (merging/journal.py).
+
     Args:
         base: checkpoint folder (safetensors, single or sharded).
         experts: checkpoint or PEFT adapter folders, by name or in order; the order decides nothing
@@ -76,7 +80,7 @@ def merge_checkpoints(
         What was done to every tensor.
 
     Raises:
-        PoemergeError: something was refused; `out` is then untouched.
+        PoemergeError: something was refused, or the machine gave out; `out` is then untouched.
     """
     out, base = Path(out), Path(base)
     beside = out.with_name(out.name + SAMPLES)
@@ -95,11 +99,15 @@ def merge_checkpoints(
         # Inputs are hashed while they are merged.
         lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
         with ExitStack() as stack, torch.inference_mode():
-            folder, *places = [stack.enter_context(new_folder(place)) for place in outs]
+            folder, *places = [
+                stack.enter_context(new_folder(place, resumable=choices.is_resumable))
+                for place in outs
+            ]
+            stack.enter_context(unchanged([base, *folders.values()]))
             drawn = [place / f"{index:03}" for place in places for index in range(samples)]
             for place in drawn:
                 place.mkdir()
-            return walk.run([folder, *drawn], lineage.result)
+            return walk.run([folder, *drawn], lineage)
 
 
 def merge_lineage(

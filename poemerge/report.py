@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from poemerge.atomic import write_json
 from poemerge.rules import MEANINGS
@@ -34,6 +34,12 @@ class TensorReport:
     norms: tuple[float, ...] = ()
     certificate: Mapping[str, Any] = field(default_factory=dict)
     truncation: float = 0.0
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """From what `asdict` gave, having been JSON."""
+        rows = {name: tuple(fields[name]) for name in ("shape", "experts", "norms")}
+        return cls(**{**fields, **rows})
 
 
 @dataclass(frozen=True)

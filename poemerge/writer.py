@@ -42,16 +42,27 @@ class ShardWriter:
             self._spans[name] = (start, end)
         header = _header({n: (layout[n][0], layout[n][1], self._spans[n]) for n in order})
         self._start = len(header)
-        self._stream = path.open("wb")
-        self._stream.write(header)
-        self._stream.truncate(self._start + end)
+        self._stream = path.open("wb", buffering=0)
+        try:
+            self._put(0, header)
+            self._stream.truncate(self._start + end)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Put a tensor, or rows of it from `row` on, at its place, cast to the layout's dtype."""
         data = tensor.detach().to(self._dtypes[name]).to("cpu").contiguous().flatten()
         per_row = data.nbytes // tensor.shape[0] if row else 0
-        self._stream.seek(self._start + self._spans[name][0] + row * per_row)
-        self._stream.write(data.view(torch.uint8).numpy().data)
+        start = self._start + self._spans[name][0] + row * per_row
+        self._put(start, data.view(torch.uint8).numpy().data)
+
+    def _put(self, start: int, data: bytes | memoryview) -> None:
+        """Write all of it: one call takes 2 GB at most."""
+        self._stream.seek(start)
+        left = memoryview(data)
+        while left:
+            left = left[self._stream.write(left) :]
 
     def close(self) -> None:
         """Nothing more will be written."""

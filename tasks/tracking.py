@@ -10,10 +10,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from poemerge.atomic import PARTIAL
 from poemerge.errors import SourceError
 
 SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
 TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
+PARENT = "mlflow.parentRunId"  # tag
 VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
@@ -83,7 +85,8 @@ def _sentence(uri: str, error: Any) -> str:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time: two that make the tables of a new SQLite file disturb each other."""
-    _, is_file, database = uri.partition("sqlite:///")
+    _, is_file, place = uri.partition("sqlite:///")
+    database = Path(place.partition("?")[0])
     if not is_file:
         yield
         return
@@ -94,7 +97,22 @@ def _alone(uri: str) -> Iterator[None]:
         raise SourceError(message) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed even where the holder is killed
+        if not database.exists():
+            _make(database)
         yield
+
+
+def _make(database: Path) -> None:
+    """Make a SQLite file beside, then rename it: MLflow cannot go on with one that is half made."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH  # noqa: PLC0415 - above
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415 - as above
+
+    partial = database.with_name(database.name + PARTIAL)
+    for path in database.parent.glob(f"{partial.name}*"):  # of a process that was killed
+        path.unlink()
+    store = SqlAlchemyStore(f"sqlite:///{partial}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+    store.engine.dispose()
+    partial.rename(database)
 
 
 def upsert(write: Callable[..., object], *arguments: str) -> None:
@@ -138,6 +156,19 @@ def ending(client: Any, run: str) -> Iterator[str]:
         client.set_terminated(run, "KILLED" if stopped else "FAILED")
         raise
     client.set_terminated(run)
+
+
+def bury(client: Any, place: str, which: str) -> None:
+    """End the runs that a killed process has left running, with all below them.
+
+    Args:
+        client: of MLflow.
+        place: id of the experiment.
+        which: filter of MLflow. One that is alive all the same sets its own end when it comes.
+    """
+    for run in client.search_runs([place], f"{which} and attributes.status = 'RUNNING'"):
+        bury(client, place, f"tags.`{PARENT}` = '{run.info.run_id}'")
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

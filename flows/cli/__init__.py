@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from flows.cli import library, models, operations, pipeline, promotion, queue, records
+from poemerge.atomic import disk_errors
 from poemerge.errors import PoemergeError
 from poemerge.version import VERSION
 
@@ -56,7 +57,7 @@ class Sentences(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run the command."""
         try:
-            with _terminable():
+            with _terminable(), disk_errors("The result"):
                 return super().invoke(context)
         except PoemergeError as error:
             click.echo(f"error: {error}", err=True)

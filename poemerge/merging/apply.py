@@ -11,6 +11,7 @@ from poemerge.errors import NumericalError
 from poemerge.merging.choices import MODE_ALONE, Draws
 from poemerge.merging.groups import Batch
 from poemerge.merging.loader import Loaded
+from poemerge.merging.memory import is_shortage, shortages
 from poemerge.merging.plan import Plan
 from poemerge.method import Call, Merged, Method, Posterior, Sampling
 from poemerge.methods import find
@@ -43,28 +44,41 @@ class Applier:
 
         Raises:
             NumericalError: a system has no unique solution; the message names the tensor.
+            MachineError: memory does not suffice for one tensor alone; likewise.
         """
         stack = loaded.stack
         assert stack is not None
         call = self._call(batch, loaded)
         if loaded.squares.device.type != self.device.type:
             self.spilled += [info.name for info in batch.tensors]
-        try:
-            return self._apply(batch, stack, call)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        return _join([self._alone(batch, stack, call, i) for i in range(len(batch.tensors))])
+        merged = self._fitting(batch, stack, call)
+        if merged is None:
+            parts = [self._alone(batch, stack, call, i) for i in range(len(batch.tensors))]
+            merged = _join(parts)
+        return merged
 
     def _alone(self, batch: Batch, stack: Stack, call: Call, index: int) -> Merged:
         """One tensor of a batch that did not fit as a whole: on the GPU, else on the CPU."""
         own = replace(batch, tensors=batch.tensors[index : index + 1])
         part, given = stack.part(index), _part_of(call, index)
+        merged = self._fitting(own, part, given)
+        if merged is None:
+            name = own.tensors[0].name
+            if self.device != CPU:
+                self.spilled.append(name)
+            with shortages(name):
+                merged = self._apply(own, part.to(CPU), _moved(given, CPU))
+        return merged
+
+    def _fitting(self, batch: Batch, stack: Stack, call: Call) -> Merged | None:
+        """None where memory does not suffice."""
         try:
-            return self._apply(own, part, given)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self.spilled.append(own.tensors[0].name)
-        return self._apply(own, part.to(CPU), _moved(given, CPU))
+            return self._apply(batch, stack, call)
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+        torch.cuda.empty_cache()
+        return None
 
     def _apply(self, batch: Batch, stack: Stack, call: Call) -> Merged:
         method, settings = self._method(batch)

@@ -52,6 +52,11 @@ class Choices:
     memory: int | None = None
     draws: Draws = MODE_ALONE
 
+    @property
+    def is_resumable(self) -> bool:
+        """True if every shard of the output stands for itself, so that finished ones are kept."""
+        return self.output == "full" and not self.draws.count
+
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a tensor of the base's dtype is stored."""
         return STORED.get(self.dtype, dtype) if dtype.is_floating_point else dtype

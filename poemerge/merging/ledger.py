@@ -12,19 +12,17 @@ from poemerge.report import TensorReport
 
 @dataclass
 class Ledger:
-    """Reports of tensors, and the size of every expert's update as a whole.
+    """Reports of tensors.
 
     Attributes:
         experts: names, in order.
         dtype_of: stored dtype of a base dtype.
         tensors: those done.
-        changed: ||A||² of each expert, over all tensors.
     """
 
     experts: Sequence[str]
     dtype_of: Any
     tensors: list[TensorReport] = field(default_factory=list)
-    changed: dict[str, float] = field(default_factory=dict)
     _partial: list[float] = field(default_factory=list)
 
     def add(
@@ -48,9 +46,6 @@ class Ledger:
         if not batch.is_last:
             return
         for index, (info, row) in enumerate(zip(batch.tensors, rows, strict=True)):
-            for voter, square in zip(batch.group.voters, row, strict=False):
-                name = self.experts[voter]
-                self.changed[name] = self.changed.get(name, 0.0) + square
             self.note(
                 batch.group,
                 info.name,
@@ -59,6 +54,16 @@ class Ledger:
                 certificate=certificates[index] if certificates else {},
                 truncation=truncation[index] if truncation else 0.0,
             )
+
+    @property
+    def changed(self) -> set[str]:
+        """Experts that change a tensor."""
+        return {
+            name
+            for tensor in self.tensors
+            for name, norm in zip(tensor.experts, tensor.norms, strict=False)
+            if norm
+        }
 
     def note(self, group: Group, name: str, dtype: torch.dtype, **found: Any) -> None:
         """Note one tensor."""

@@ -11,6 +11,7 @@ from poemerge.checkpoint import TensorInfo
 from poemerge.errors import CheckpointError
 from poemerge.expert_files import Expert, check_finite, is_finite
 from poemerge.merging.groups import Batch
+from poemerge.merging.memory import shortages
 from poemerge.merging.plan import Plan
 from poemerge.rules import COPY
 from poemerge.task_vector import DenseStack, LowRank, LowRankStack, Stack
@@ -68,7 +69,12 @@ class Loader:
 
         Raises:
             CheckpointError: a value is not finite.
+            MachineError: the CPU has no room for it either.
         """
+        with shortages(batch.tensors[0].name):
+            return self._load_somewhere(batch)
+
+    def _load_somewhere(self, batch: Batch) -> Loaded:
         if batch.group.rule == COPY:
             return Loaded(tuple(self._copy(info, batch) for info in batch.tensors))
         if self._stream is None:

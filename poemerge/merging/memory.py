@@ -1,12 +1,12 @@
 """What a planned merge holds in memory at its peak, and batches that keep a budget."""
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 
-from poemerge.errors import SettingError
+from poemerge.errors import MachineError, SettingError
 from poemerge.merging.groups import Batch, Group
 from poemerge.merging.stream import BEHIND
 from poemerge.method import Method
@@ -86,6 +86,34 @@ def give_back() -> None:
     """Return what is free to the system: the C library would keep it, and count it as resident."""
     with suppress(OSError, AttributeError):  # another C library has other ways
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """True if an allocation failed; on a CPU torch has no class of its own for that."""
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def shortages(tensor: str) -> Iterator[None]:
+    """Say in a sentence that memory does not suffice.
+
+    Args:
+        tensor: name of what the block works on.
+
+    Raises:
+        MachineError: it does not.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        message = (
+            f"There is no memory for {tensor}; set `memory` to what is free, end other programs, "
+            "or choose a method that merges rows apart (average, task_arithmetic, ties)."
+        )
+        raise MachineError(message) from error
 
 
 def _batch_peak(batch: Batch, method: Method, settings: Settings, ahead: int) -> int:

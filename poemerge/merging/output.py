@@ -14,6 +14,7 @@ from poemerge.expert_files import AdapterExpert
 from poemerge.lineage import Lineage
 from poemerge.merging.choices import Choices
 from poemerge.merging.groups import Batch
+from poemerge.merging.journal import Journal
 from poemerge.merging.ledger import Ledger
 from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
@@ -33,15 +34,32 @@ class Output:
         plan: of the merge.
         choices: output, dtype, rank.
         waiting: tensors that may wait to be written.
+        journal: of finished shards, if it is kept.
     """
 
-    def __init__(self, folder: Path, plan: Plan, choices: Choices, waiting: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        choices: Choices,
+        waiting: int,
+        journal: Journal | None = None,
+    ) -> None:
         self.folder, self.plan, self.choices = folder, plan, choices
+        self._journal = journal
         self.ledger = Ledger([expert.name for expert in plan.experts], choices.stored)
         self._factors: dict[str, LowRank] = {}
         self._shards = None
         if choices.output == "full":
-            self._shards = Shards(folder, plan, choices.stored, waiting)
+            self._shards = Shards(folder, plan, choices.stored, waiting, self._note)
+
+    def take_over(self) -> set[str]:
+        """Names of the shards that an earlier try finished; they need not be merged again."""
+        files = {group.file for group in self.plan.groups if group.rule != TIED}
+        found = self._journal.find(files) if self._journal else {}
+        for tensors in found.values():
+            self.ledger.tensors += tensors
+        return set(found)
 
     def copy(self, batch: Batch, weights: Sequence[Tensor]) -> None:
         """Take over weights of the base as they are stored."""
@@ -94,6 +112,8 @@ class Output:
         report = self._report(record, notes)
         report.write(self.folder)
         write_card(self.folder, report, record)
+        if self._journal:
+            self._journal.close()
         record.write(self.folder)
         return report
 
@@ -103,6 +123,12 @@ class Output:
         row = batch.rows[0] if batch.rows else 0
         for info, tensor in zip(batch.tensors, weights, strict=True):
             self._shards.write(info, tensor, row)
+
+    def _note(self, file: str) -> None:
+        if self._journal:
+            infos = self.plan.base.tensors
+            own = [done for done in self.ledger.tensors if infos[done.name].file == file]
+            self._journal.note(file, own)
 
     def _write_adapter(self) -> None:
         base_model = self.plan.base.config.get("_name_or_path") or self.plan.base.folder.name

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from poemerge.atomic import write_json
+from poemerge.atomic import PARTIAL, write_json
 from poemerge.checkpoint import TensorInfo
 from poemerge.errors import NumericalError
 from poemerge.layout import INDEX
@@ -27,6 +27,7 @@ class Shards:
         plan: says which tensor lies in which file.
         dtype_of: stored dtype of a base dtype.
         waiting: writes that may wait.
+        finished: called with the name of every shard that is complete, behind too.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Shards:
         plan: Plan,
         dtype_of: Callable[[torch.dtype], torch.dtype],
         waiting: int = BEHIND,
+        finished: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder, self.plan, self.dtype_of = folder, plan, dtype_of
         infos = [i for group in plan.groups if group.rule != TIED for i in group.tensors]
         self._layout = {i.name: (i.file, i.shape, dtype_of(i.dtype)) for i in infos}
-        self._behind = Behind(waiting)
+        self._behind, self._finished = Behind(waiting), finished
         self._current: tuple[str, ShardWriter] | None = None
         self._writers = ExitStack()
 
@@ -64,21 +66,37 @@ class Shards:
 
     def _writer(self, file: str) -> ShardWriter:
         if self._current is None or self._current[0] != file:
-            if self._current is not None:
-                self._behind.call(self._current[1].close)
+            self._finish()
             own = {n: (shape, dtype) for n, (f, shape, dtype) in self._layout.items() if f == file}
             self._current = (
                 file,
-                self._writers.enter_context(ShardWriter(self.folder / file, own)),
+                self._writers.enter_context(ShardWriter(self._unfinished(file), own)),
             )
         return self._current[1]
+
+    def _unfinished(self, file: str) -> Path:
+        return self.folder / (file + PARTIAL)
+
+    def _finish(self) -> None:
+        """Nothing more is written into the current shard."""
+        if self._current is not None:
+            self._behind.call(self._put, *self._current)
+
+    def _put(self, file: str, writer: ShardWriter) -> None:
+        writer.close()
+        self._unfinished(file).rename(self.folder / file)
+        self._finished(file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with self._writers:
-            self._behind.__exit__(kind, *rest)
+            if kind is None:
+                with self._behind:
+                    self._finish()
+            else:
+                self._behind.__exit__(kind, *rest)
         if kind is None and self.plan.base.index:
             size = sum(math.prod(s) * d.itemsize for _, s, d in self._layout.values())
             placed = {name: file for name, (file, *_) in sorted(self._layout.items())}

@@ -1,7 +1,8 @@
 """The walk over tensors: read, subtract, merge, add, write."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from poemerge.lineage import Lineage, Source
 from poemerge.merging.apply import Applier
 from poemerge.merging.choices import Choices, check_choices
 from poemerge.merging.groups import Batch
+from poemerge.merging.journal import Journal
 from poemerge.merging.loader import Loaded, Loader
-from poemerge.merging.memory import give_back
+from poemerge.merging.memory import give_back, shortages
 from poemerge.merging.output import Output
 from poemerge.merging.plan import Plan
 from poemerge.merging.stream import BEHIND, ahead
@@ -42,46 +44,65 @@ class Walk:
         self.limit = plan.limit(choices.device, choices.memory, sampled=draws.count > 0)
         self.applier = Applier(plan, choices.seed, choices.device, draws)
 
-    def run(self, folders: Sequence[Path], lineage: Callable[[], Lineage]) -> MergeReport:
+    def run(self, folders: Sequence[Path], lineage: "Future[Lineage]") -> MergeReport:
         """Merge every tensor into the first of `folders`, draws from its posterior into the rest.
 
         Args:
             folders: to fill, one more than there are draws.
-            lineage: gives the record of this merge, once its inputs are hashed.
+            lineage: the record of this merge, once its inputs are hashed.
 
         Returns:
             The report of the first.
         """
-        # Draws are written in turn: what waits would be memory for each of them.
-        outputs = [
-            Output(folder, self.plan, self.choices, waiting=0 if index else BEHIND)
-            for index, folder in enumerate(folders)
-        ]
-        with ExitStack() as stack, closing(self.batches()) as batches:
+        with Journal(folders[0], lineage, self.applier.spilled) as journal:
+            mode = Output(folders[0], self.plan, self.choices, BEHIND, journal)
+            # Draws are written in turn: what waits would be memory for each of them.
+            draws = [Output(folder, self.plan, self.choices, waiting=0) for folder in folders[1:]]
+            self._fill([mode, *draws], without=mode.take_over())
+            return self._finish(mode, draws, lineage.result())
+
+    def _fill(self, outputs: Sequence[Output], without: Collection[str]) -> None:
+        """Merge tensor by tensor.
+
+        Args:
+            outputs: the mode's, and those of draws.
+            without: shards that are there already.
+        """
+        if without:
+            logger.info("%d shards were finished before and hold; they are kept", len(without))
+        with ExitStack() as stack, closing(self.batches(without)) as batches:
             for output in outputs:
                 stack.enter_context(output)
             for batch, loaded in batches:
-                self._merge(batch, loaded, outputs)
+                with shortages(batch.tensors[0].name):
+                    self._merge(batch, loaded, outputs)
                 self.progress(len(outputs[0].ledger.tensors), len(self.plan.base.tensors))
-        self._check_experts(outputs[0])
-        record = lineage()
+
+    def _finish(self, mode: Output, draws: Sequence[Output], record: Lineage) -> MergeReport:
+        """Write what is no tensor."""
+        self._check_experts(mode)
         notes = [
             *self.plan.notes,
             *_twins(record.inputs[1 : 1 + len(self.plan.experts)]),
             *_spilled(self.applier.spilled),
         ]
-        report = outputs[0].finish(record, notes)
+        report = mode.finish(record, notes)
         for warning in report.warnings:
             logger.warning(warning)
-        for index, output in enumerate(outputs[1:]):
+        for index, output in enumerate(draws):
             output.finish(self._record_of_draw(record, index), notes)
         return report
 
-    def batches(self) -> Generator[tuple[Batch, Loaded], None, None]:
-        """All batches, file by file, each loaded while the one before is solved."""
+    def batches(self, without: Collection[str] = ()) -> Generator[tuple[Batch, Loaded], None, None]:
+        """All batches, file by file, each loaded while the one before is solved.
+
+        Args:
+            without: files to leave out.
+        """
         adapter = self.choices.output == "adapter"
         loader = Loader(self.plan, self.choices.device, with_base=not adapter)
-        groups = [g for g in self.plan.groups if g.rule != TIED and (g.voters or not adapter)]
+        groups = [g for g in self.plan.groups if g.rule != TIED and g.file not in without]
+        groups = [group for group in groups if group.voters or not adapter]
         local = self.plan.method.local and not adapter
         batches = (
             batch
@@ -119,7 +140,7 @@ class Walk:
 
     def _check_experts(self, output: Output) -> None:
         for expert in self.plan.experts:
-            if output.ledger.changed.get(expert.name, 0.0) == 0.0:
+            if expert.name not in output.ledger.changed:
                 raise CheckpointError(
                     f"Expert {expert.name!r} ({expert.folder}) changes nothing, all its updates "
                     "are zero; leave it out or give the right folder."

@@ -15,7 +15,7 @@ from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Comparison, Cost, Row
-from tasks.tracking import connected, ending, experiment_id, flat
+from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat
 from tasks.versions import (
     BASE,
     CANDIDATE,
@@ -33,6 +33,7 @@ from tasks.versions import (
     tag,
 )
 
+STAGE = "poemerge.stage"  # tag of a run: what it records
 LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
 
@@ -86,22 +87,24 @@ def entry(compared: Comparison, model: Source, *, name: str, base: str, store: s
 
 
 def holds(name: str, digest: str) -> bool:
-    """True if MLflow has a version of `name` with exactly these bytes."""
+    """True if MLflow has a version of `name` with exactly these bytes, registered to the end."""
     with connected() as client:
-        return find(client, name, digest) is not None
+        version = find(client, name, digest)
+        return version is not None and EVALUATION in version.tags
 
 
 def record(experiment: str, entry: Entry, compared: Comparison) -> None:
     """Log all candidates and register the best, the challenger."""
     board = compared.board
     tags = {
-        "poemerge.stage": "register",
+        STAGE: "register",
         OVERRIDES: " ".join(compared.overrides),
         LEADERBOARD: digest(board.as_json()),
     }
     with connected() as client:
         claim(client, entry.name, MERGE)
         place = experiment_id(client, experiment)
+        bury(client, place, f"tags.`{STAGE}` = 'register' and run_name = '{entry.name}'")
         with _run(client, place, entry.name, tags) as parent:
             client.log_dict(parent, board.as_json(), "leaderboard.json")
             client.log_dict(parent, dict(compared.params), "params.yaml")
@@ -130,9 +133,9 @@ def _candidate(
     made = Lineage.find(folder) if folder else None
     params = flat(made.params) if made else {}
     tags = {
-        "mlflow.parentRunId": parent,
+        PARENT: parent,
         "poemerge.kind": row.kind,
-        "poemerge.stage": made.stage if made else "fetch",
+        STAGE: made.stage if made else "fetch",
         METHOD: params.get("method", row.kind),
     }
     if made:

@@ -8,11 +8,10 @@ from typing import Any
 
 from tasks.sweep.search import Result
 from tasks.sweep.standings import Standing
-from tasks.tracking import connected, ending, experiment_id, flat
+from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat
 
 SWEEP, STATE, KIND = "poemerge.sweep", "poemerge.state", "poemerge.kind"
 WINNER = "poemerge.winner"
-PARENT = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,6 @@ class Runs:
         found = f"tags.`{PARENT}` = '{self.parent}' and {which}"
         return list(self.client.search_runs([self.place], found))
 
-    def bury(self) -> None:
-        """Runs of a process that was killed run no more."""
-        for run in self._below("attributes.status = 'RUNNING'"):
-            self.client.set_terminated(run.info.run_id, "KILLED")
-
 
 @contextmanager
 def open_runs(experiment: str, sweep: str, params: Mapping[str, Any]) -> Iterator[Runs]:
@@ -108,6 +102,6 @@ def open_runs(experiment: str, sweep: str, params: Mapping[str, Any]) -> Iterato
             parent = client.create_run(place, run_name="sweep", tags=tags).info.run_id
         runs = Runs(client, place, parent)
         with ending(client, parent):
-            runs.bury()
+            bury(client, place, f"tags.`{PARENT}` = '{parent}'")
             client.log_dict(parent, dict(params), "params.yaml")
             yield runs

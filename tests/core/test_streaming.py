@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from poemerge.errors import CheckpointError, NumericalError, SettingError
+from poemerge.errors import (
+    CheckpointError,
+    MachineError,
+    NumericalError,
+    SettingError,
+    SourceError,
+)
 from poemerge.merge import merge_checkpoints
 from poemerge.merging import memory, shards
 from poemerge.merging.memory import OVERHEAD
@@ -214,7 +220,7 @@ class TestFailures:
                 raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(shards.ShardWriter, "write", write)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(MachineError, match="No space left on device"):
             merge(zoo, tmp_path / "out", method)
         assert len(calls) > at
         assert not any(tmp_path.iterdir())
@@ -232,7 +238,7 @@ class TestFailures:
                 raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(shards.ShardWriter, "write", fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(MachineError, match="No space left on device"):
             merge(zoo, tmp_path / "out", "average")
         assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
@@ -250,7 +256,7 @@ class TestFailures:
         def shrink(done: int, total: int) -> None:
             os.truncate(cut, 5000)
 
-        with pytest.raises(CheckpointError, match=f"{role}/{FILE} has shrunk; fetch it again"):
+        with pytest.raises(SourceError, match=f"{role}/{FILE} was changed or removed"):
             merge_checkpoints(
                 folders["base"],
                 {"a": folders["expert"], "b": zoo.full(2)},

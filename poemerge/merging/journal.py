@@ -1,0 +1,118 @@
+"""Shards that a merge has finished: sealed records, by which the next try keeps what holds.
+
+A record is trusted if its seal fits and it speaks of this very merge, a shard if it has the hash of
+its record. Nothing else in the folder is.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from poemerge.atomic import PARTIAL, write_json
+from poemerge.checkpoint import read_json
+from poemerge.errors import CheckpointError
+from poemerge.lineage import Lineage, digest, sha256
+from poemerge.report import TensorReport
+
+FOLDER = f"finished{PARTIAL}"
+
+
+class Journal:
+    """The records of one merge, in a folder among its shards; use as a context.
+
+    Args:
+        folder: of the shards.
+        lineage: of the merge, once its inputs are hashed; no shard is recorded before.
+        spilled: names of the tensors that the GPU had no room for, up to now.
+    """
+
+    def __init__(self, folder: Path, lineage: "Future[Lineage]", spilled: list[str]) -> None:
+        self._folder, self._lineage, self._spilled = folder, lineage, spilled
+        self._waiting: dict[str, Sequence[TensorReport]] = {}
+
+    def find(self, files: Iterable[str]) -> dict[str, list[TensorReport]]:
+        """Shard → what was done to its tensors, where it was finished and still holds.
+
+        All else in the folder is deleted.
+
+        Args:
+            files: names of the merge's shards.
+        """
+        found = {}
+        for file in sorted(files):
+            fields = self._read(file)
+            if fields:
+                found[file] = [TensorReport.of(tensor) for tensor in fields["tensors"]]
+                self._spilled += fields["spilled"]
+        self._clear(found)
+        return found
+
+    def note(self, file: str, tensors: Sequence[TensorReport]) -> None:
+        """Record a shard that is complete, or see that it will be."""
+        self._waiting[file] = tensors
+        if self._lineage.done():
+            self._flush()
+
+    def close(self) -> None:
+        """Delete the records: the merge is complete."""
+        self._waiting.clear()
+        for path in self._folder.glob(f"{FOLDER}/*"):
+            path.unlink()
+        with suppress(FileNotFoundError):
+            (self._folder / FOLDER).rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave finished shards to the next try, and nothing else."""
+        if kind is not None:
+            recorded = [path.stem for path in self._folder.glob(f"{FOLDER}/*.json")]
+            self._clear([*recorded, *self._waiting])  # first: the disk may be full
+            if self._waiting and self._lineage.exception() is None:
+                self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            file, tensors = self._waiting.popitem()
+            names = {tensor.name for tensor in tensors}
+            fields = {
+                "merge": self._merge,
+                "sha256": sha256(self._folder / file),
+                "tensors": [asdict(tensor) for tensor in tensors],
+                "spilled": [name for name in self._spilled if name in names],
+            }
+            self._path(file).parent.mkdir(exist_ok=True)
+            write_json(self._path(file), fields | {"seal": digest(fields)})
+
+    def _read(self, file: str) -> Mapping[str, Any] | None:
+        """The record of a shard, if both can be trusted."""
+        try:
+            fields = read_json(self._path(file))
+        except CheckpointError:
+            return None
+        seal, shard = fields.pop("seal", None), self._folder / file
+        if not shard.is_file() or seal != digest(fields) or fields["merge"] != self._merge:
+            return None
+        return fields if fields["sha256"] == sha256(shard) else None
+
+    @property
+    def _merge(self) -> str:
+        """Sources, settings, code, packages and device: all that decides the bytes."""
+        return digest(asdict(self._lineage.result()))
+
+    def _path(self, file: str) -> Path:
+        return self._folder / FOLDER / f"{file}.json"
+
+    def _clear(self, kept: Iterable[str]) -> None:
+        """Delete what belongs to no shard that is kept."""
+        spared = {path for file in kept for path in (self._folder / file, self._path(file))}
+        for path in sorted(self._folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # it is not empty
+                    path.rmdir()
+            elif path not in spared:
+                path.unlink()
