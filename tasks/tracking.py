@@ -5,16 +5,18 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from poemerge.errors import SourceError
 
 SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
 TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
 VARIABLE = "MLFLOW_TRACKING_URI"
+ATTEMPT = "poemerge.attempt"  # tag of a run: which call has made it
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
@@ -131,13 +133,48 @@ def experiment_id(client: Any, name: str) -> str:
 @contextmanager
 def ending(client: Any, run: str) -> Iterator[str]:
     """See that a run ends: finished, failed, or killed where it was interrupted."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - as above
+
     try:
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        client.set_terminated(run, "KILLED" if stopped else "FAILED")
+        with suppress(MlflowException):  # which may be away; that is not what has to be told
+            client.set_terminated(run, "KILLED" if stopped else "FAILED")
         raise
     client.set_terminated(run)
+
+
+def marked_run(
+    client: Any, place: str, name: str, mark: tuple[str, str], tags: Mapping[str, str]
+) -> Any:
+    """The run that carries a mark, made where there is none: so a second try goes on with it.
+
+    Of several the oldest counts. Two who make one at once may leave two; one whose request was
+    sent again, since the answer to the first was lost, deletes what he made too much.
+
+    Args:
+        client: of MLflow.
+        place: id of the experiment.
+        name: of a new run.
+        mark: key and value of a tag that says which run it is.
+        tags: of a new run, beside the mark.
+    """
+    key, value = mark
+
+    def known() -> list[Any]:
+        found = client.search_runs([place], f"tags.`{key}` = '{value}'")
+        return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    if found := known():
+        return found[0]
+    own = uuid4().hex
+    client.create_run(place, run_name=name, tags={**tags, key: value, ATTEMPT: own})
+    first, *others = known()
+    for run in others:
+        if run.data.tags.get(ATTEMPT) == own:
+            client.delete_run(run.info.run_id)
+    return first
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
