@@ -15,6 +15,12 @@ from poemerge.errors import SourceError
 
 SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
 TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
+# What its client says of a server that is not there, after all tries.
+AWAY = re.compile(
+    r"too many \d+ error responses|connection refused|connection reset|closed connection"
+    r"|timed? ?out|name or service not known|max retries exceeded",
+    re.IGNORECASE,
+)
 VARIABLE = "MLFLOW_TRACKING_URI"
 ATTEMPT = "poemerge.attempt"  # tag of a run: which call has made it
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
@@ -55,6 +61,7 @@ def connected() -> Iterator[Any]:
     calm_down()
     from mlflow import MlflowClient  # noqa: PLC0415 - 1 s, and only once it is calm
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from requests import RequestException  # noqa: PLC0415
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
     uri = tracking_uri()
@@ -63,7 +70,7 @@ def connected() -> Iterator[Any]:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
         yield client
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
         raise SourceError(_sentence(uri, error)) from error
 
 
@@ -76,6 +83,9 @@ def _sentence(uri: str, error: Any) -> str:
     elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
         text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
+    elif away := AWAY.search(str(error)):
+        text = f"MLflow at {uri} does not answer ({away[0].lower()}); start it, or set {VARIABLE}, "
+        text += "and run the same command again: what is done by now is kept."
     else:
         reason = " ".join(str(error).partition("[SQL:")[0].split())
         text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
