@@ -39,10 +39,14 @@ def asked() -> Iterator[None]:
     except httpx.TransportError as error:
         _pass_on(error)
         raise _lost(server, "does not answer any more") from error
-    except RuntimeError as error:  # Prefect has no class of its own for it
-        if "Failed to reach API" not in str(error):
+    except RuntimeError as error:  # Prefect has no class of its own for these
+        if "Failed to reach API" in str(error):
+            message = f"{server} cannot be reached; start it, or unset PREFECT_API_URL."
+        elif "ephemeral" in str(error):
+            message = "Prefect's own server did not start in time; run again, or start one and set "
+            message += "PREFECT_API_URL."
+        else:
             raise
-        message = f"{server} cannot be reached; start it, or unset PREFECT_API_URL."
         raise SettingError(message) from error
 
 

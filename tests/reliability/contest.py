@@ -7,26 +7,17 @@ not in the imports; nothing else is shared.
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900  # seconds; a busy machine takes its time
-IMPORTS = (
-    "flows.cli",
-    "flows.console",
-    "flows.pipeline",
-    "flows.promote",
-    "flows.prefect_server",
-    "poemerge.merge",
-    "tasks.evaluate.harness",
-    "tasks.evaluate.lm_tasks",
-    "tasks.evaluate.scorer",
-    "tasks.register.registry",
-    "tasks.report.page",
-)
 
 
 @dataclass(frozen=True)
@@ -60,12 +51,20 @@ class Ended:
 
 
 class Arena:
-    """Where contenders start; its own process imports what they need, once."""
+    """Where contenders start; its own process imports what they need, once.
 
-    def __init__(self) -> None:
-        os.environ["PYTHONPATH"] = os.fspath(ROOT)  # of that process, which has no other hint
+    Args:
+        environment: of all of them, beside ours.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(IMPORTS))
+        self._context.set_forkserver_preload(["tests.reliability.preload"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.fspath(ROOT))  # to it nobody tells sys.path
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            ensure_running()
 
     def contend(self, commands: Sequence[Command], log: Path) -> list[Ended]:
         """Start them together, and wait for all.
@@ -102,11 +101,21 @@ def _run(command: Command, log: str, barrier: Any) -> None:
     os.environ |= {"POEMERGE_QUEUE": f"{log}-queue", "COLUMNS": "200", **command.environment}
     sys.argv = sys.orig_argv = [command.program, *command.words]
     barrier.wait(PATIENCE)
-    if command.program == "dvc":
-        from dvc.cli import main
+    with _prefect(command.environment):
+        if command.program == "dvc":
+            from dvc.cli import main
 
-        sys.exit(main(list(command.words)))
-    else:
+            sys.exit(main(list(command.words)))
         from flows.cli import main
 
         main(command.words)
+
+
+@contextmanager
+def _prefect(environment: Mapping[str, str]) -> Iterator[None]:
+    """Let Prefect know, which has read the environment when it was imported."""
+    from prefect import settings
+
+    own = {getattr(settings, k): v for k, v in environment.items() if k.startswith("PREFECT_")}
+    with settings.temporary_settings(own):
+        yield

@@ -73,7 +73,7 @@ class Proxy:
 
 @contextmanager
 def proxy(url: str) -> Iterator[tuple[Proxy, str]]:
-    """A proxy before the server at `url`, and its own URL."""
+    """A proxy before the server at `url`, and its own URL, which has no path."""
     parts = urlsplit(url)
     made = Proxy((str(parts.hostname), int(parts.port or 80)))
     with socket.create_server(("127.0.0.1", 0)) as listener:

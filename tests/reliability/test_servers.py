@@ -1,6 +1,7 @@
-"""Servers that fail: at one request, from one request on, or in the middle of a whole run."""
+"""Servers that fail: once at one request, or from one request on; MLflow's, and Prefect's."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,15 @@ from poemerge.errors import SourceError
 from poemerge.lineage import Source
 from tasks.register import last
 from tasks.versions import CHALLENGER, DIGEST, EVALUATION, KEY
+from tests.reliability.checks import (
+    check_database,
+    check_end,
+    check_live,
+    check_project,
+    check_records,
+)
+from tests.reliability.contest import Arena, Command
+from tests.reliability.projects import before_registration
 from tests.reliability.proxy import FAULTS, Proxy, proxy
 from tests.reliability.trials import Trials
 from tests.servers import mlflow_server
@@ -125,3 +135,68 @@ def test_away(
             assert "\n" not in str(caught.value)
             registration()
             registration.check(MlflowClient(url))
+
+
+def test_run_without_mlflow(
+    trials: Trials,
+    arena: Arena,
+    finished: Path,
+    server: tuple[str, Proxy, str],
+    tmp_path: Path,
+) -> None:
+    """A run whose MLflow server goes away keeps its merges; the next run registers and promotes"""
+    url, between, address = server
+    environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    for number in trials(short=1, full=10):
+        with trials.trial(number):
+            client = MlflowClient(url)
+            forget(client)
+            folder = before_registration(finished, tmp_path / f"{number}")
+            run = [Command(("run",), folder, environment)]
+            start = random.Random(number).randrange(3, 60)
+            between.fail(FAULTS[number % len(FAULTS)], start, 10**9)
+            try:
+                ended = arena.contend(run, tmp_path / f"log-{number}")
+            finally:
+                between.heal()
+            check_end(ended, 1)
+            assert re.search(rf"^error: MLflow at {address} .*\.$", ended[0].said, re.MULTILINE)
+            ended = arena.contend(run, tmp_path / f"log-{number}")
+            check_end(ended, 0)
+            assert "merge: 2 of 2 were up to date" in ended[0].said
+            check_project(folder, finished)
+            check_records(client)
+            check_live(folder, client)
+
+
+def forget(client: MlflowClient) -> None:
+    """Let the server have nothing under the names that a project uses."""
+    for model in client.search_registered_models():
+        client.delete_registered_model(model.name)
+    if place := client.get_experiment_by_name("tests"):
+        client.rename_experiment(place.experiment_id, f"tests {place.experiment_id}")
+
+
+def test_run_without_prefect(
+    trials: Trials, arena: Arena, prefect: str, finished: Path, tmp_path: Path
+) -> None:
+    """A run whose Prefect server goes away ends well, or says so and the next run goes on"""
+    for number in trials(short=1, full=10):
+        with trials.trial(number), proxy(prefect) as (between, address):
+            folder = before_registration(finished, tmp_path / f"{number}")
+            environment = {"PREFECT_API_URL": f"{address}/api", "PREFECT_CLIENT_MAX_RETRIES": "1"}
+            run = [Command(("run",), folder, environment)]
+            between.fail(FAULTS[number % len(FAULTS)], random.Random(number).randrange(20), 10**9)
+            try:
+                ended = arena.contend(run, tmp_path / f"log-{number}")
+            finally:
+                between.heal()
+            if ended[0].code:
+                check_end(ended, 1)
+                assert re.search(f"^error: Prefect at {address}", ended[0].said, re.MULTILINE)
+                ended = arena.contend(run, tmp_path / f"log-{number}")
+            check_end(ended, 0)
+            check_project(folder, finished)
+            client = check_database(folder / "mlflow.db")
+            check_records(client)
+            check_live(folder, client)
