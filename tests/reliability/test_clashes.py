@@ -96,9 +96,8 @@ def test_one_dvc(
             for name in added:
                 (folder / name).write_text(f"{name} {number}")
             commands = [Command(("add", name), folder, program="dvc") for name in added]
-            run, *others = arena.contend(
-                [Command(RUN, folder), *commands], tmp_path / f"l-{number}"
-            )
+            log = tmp_path / f"log-{number}"
+            run, *others = arena.contend([Command(RUN, folder), *commands], log)
             check_end([run], 0)
             for other, command in zip(others, commands, strict=True):
                 if other.code:
