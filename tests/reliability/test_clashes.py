@@ -62,6 +62,7 @@ def test_one_project(
             check_live(folder, client)
 
 
+@pytest.mark.usefixtures("long")
 def test_one_registry(trials: Trials, arena: Arena, finished: Path, tmp_path: Path) -> None:
     """Two clones register the same at once, in one new MLflow database and one DVC cache"""
     for number in trials(short=1, full=20):
@@ -83,6 +84,7 @@ def test_one_registry(trials: Trials, arena: Arena, finished: Path, tmp_path: Pa
             check_live(clones[0], client)
 
 
+@pytest.mark.usefixtures("long")
 def test_one_dvc(
     trials: Trials, arena: Arena, finished: Path, database: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def changed(finished: Path, arena: Arena) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("long")
 def test_promotion(
     trials: Trials, arena: Arena, finished: Path, changed: Path, tmp_path: Path
 ) -> None:
@@ -135,4 +138,4 @@ def test_promotion(
             client = check_database(Path(database))
             check_records(client, versions=2)
             check_live(folder, client)
-            assert client.get_registered_model("tiny").aliases["champion"] == "2"
+            assert int(client.get_registered_model("tiny").aliases["champion"]) == 2
