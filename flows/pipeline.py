@@ -14,12 +14,13 @@ from flows import artifacts, changes, versioning
 from flows.console import OURS
 from flows.limits import at_most
 from flows.params import read
-from flows.places import Places
+from flows.places import ARTIFACTS, Places
 from flows.promote import after_run
 from flows.queue import turn
 from flows.selection import find_places
 from flows.sharing import share
 from flows.steps import STAGES, Step, steps
+from poemerge.alone import alone
 from tasks.dvc_store.remote import check_remote
 from tasks.progress import watched_by, watching
 
@@ -72,7 +73,12 @@ def pipeline(
         return Completed(name=UP_TO_DATE, message=str(standing), data=nothing)  # type: ignore[return-value]
     artifacts.show_moved(standing)
     limit = places.params.schedule.timeout if places.params.schedule else None
-    with at_most(limit), turn(places.params.devices), watched_by(*watching(), artifacts.Steps()):
+    with (
+        at_most(limit),
+        alone(ARTIFACTS),  # whatever params it has, a run reads and writes there
+        turn(places.params.devices),
+        watched_by(*watching(), artifacts.Steps()),
+    ):
         made = _run(places, tree, tuple(overrides))
         if push:
             share(places)

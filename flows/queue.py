@@ -8,9 +8,7 @@ import fcntl
 import json
 import logging
 import os
-import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,11 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
+from poemerge.alone import command
 from poemerge.device import device_id, pick_device
 
 VARIABLE = "POEMERGE_QUEUE"
 EVERY = 0.5  # seconds between two looks at who is ahead
-WIDTH = 100  # of a command, as others are shown it
 
 logger = logging.getLogger(__name__)
 # What is held here already: who has a device must not wait for itself.
@@ -52,10 +50,8 @@ class Ticket:
     @classmethod
     def drawn(cls, device: str, number: int) -> Self:
         """The ticket of this process."""
-        words = (Path(w).name if w.startswith("/") else w for w in sys.orig_argv)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        command = textwrap.shorten(" ".join(words), WIDTH, placeholder=" …")
-        return cls(device, number, os.getpid(), command, str(Path.cwd()), since)
+        return cls(device, number, os.getpid(), command(), str(Path.cwd()), since)
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command}, in {self.folder}) since {self.since}"

@@ -4,10 +4,11 @@ import logging
 import sys
 
 from flows.cli import calm_down
-from flows.places import PLAIN, Places
+from flows.places import ARTIFACTS, PLAIN, Places
 from flows.queue import turn
 from flows.selection import find_places
 from flows.steps import STAGES, steps
+from poemerge.alone import alone
 from poemerge.errors import PoemergeError, SourceError
 
 
@@ -18,16 +19,22 @@ def main(arguments: list[str]) -> int:
     stage, *labels = arguments
     try:
         places = find_places(PLAIN)
-        if stage != STAGES[0]:
-            _check_fetched(places)
-        with turn(places.params.devices if stage != STAGES[0] else ()):
-            for step in steps(stage, places):
-                if not labels or step.label in labels:
-                    step.run()
+        devices = places.params.devices if stage != STAGES[0] else ()
+        # DVC has locked what a run would wait for, so a stage does not wait for the run.
+        with alone(ARTIFACTS, patient=False), turn(devices):
+            _run(stage, labels, places)
     except PoemergeError as error:
         logging.getLogger(__name__).error("error: %s", error)  # noqa: TRY400 - one sentence, no trace
         return 1
     return 0
+
+
+def _run(stage: str, labels: list[str], places: Places) -> None:
+    if stage != STAGES[0]:
+        _check_fetched(places)
+    for step in steps(stage, places):
+        if not labels or step.label in labels:
+            step.run()
 
 
 def _check_fetched(places: Places) -> None:

@@ -15,10 +15,11 @@ from flows.candidates import Bench, Candidate, MergeError
 from flows.meter import Pace
 from flows.params import Params, SweepParams
 from flows.pipeline import run_stage
-from flows.places import Places
+from flows.places import ARTIFACTS, Places
 from flows.queue import turn
 from flows.selection import find_places
 from flows.steps import steps
+from poemerge.alone import alone
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
 from poemerge.lineage import digest
@@ -57,7 +58,7 @@ def sweep(
     """
     places = find_places(Path(params), overrides)
     section = _section(places.params, params, labels)
-    with turn(places.params.devices):
+    with alone(ARTIFACTS), turn(places.params.devices):
         run_stage("fetch", list(steps("fetch", places)))
         with _open(places, section, tuple(labels or section.space)) as contest:
             for label in contest.asked:

@@ -16,7 +16,7 @@ from poemerge.extracting.report import ExtractReport
 from poemerge.extracting.rules import Policy
 from poemerge.extracting.walk import Extraction
 from poemerge.lineage import Lineage, Source, core_code
-from poemerge.outfolder import check_out
+from poemerge.outfolder import reserved
 from poemerge.progress import Progress, silent
 from poemerge.truncate import check_choice
 
@@ -62,7 +62,6 @@ def extract_adapter(
     policy = Policy(vectors, vocabulary)
     check_choice(rank, svd)
     _check_sources(expert, dtype)
-    check_out(out, [base, expert], overwrite=overwrite)
     chosen = pick_device(device)
     params = {
         "rank": rank,
@@ -72,7 +71,10 @@ def extract_adapter(
         "dtype": dtype,
         "device": device,
     }
-    with _opened(base, expert) as (checkpoint, opened):
+    with (
+        reserved([out], [base, expert], overwrite=overwrite),
+        _opened(base, expert) as (checkpoint, opened),
+    ):
         work = Extraction(checkpoint, opened, policy, rank, svd, STORED[dtype], chosen)
         inputs = (Source.of("base", base), Source.of("expert", expert))
         lineage = Lineage(

@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
+from poemerge.alone import alone
 from poemerge.atomic import new_folder, write_json
 from poemerge.errors import SourceError
 from poemerge.statement import read_statement, write_statement
@@ -226,6 +227,8 @@ class Lineage:
 def produce(out: Path, record: Lineage, work: Callable[[Path], None]) -> bool:
     """Do `work` in a fresh folder that becomes `out`, unless `out` is current already.
 
+    Of two processes one waits, and then finds it current.
+
     Args:
         out: the folder to make.
         record: what would be made; written into the folder when the work is done.
@@ -234,9 +237,10 @@ def produce(out: Path, record: Lineage, work: Callable[[Path], None]) -> bool:
     Returns:
         True if the work was done, False if `out` was up to date.
     """
-    if record.is_current(out):
-        return False
-    with new_folder(out) as folder:
-        work(folder)
-        record.write(folder)
-    return True
+    with alone(out):
+        if record.is_current(out):
+            return False
+        with new_folder(out) as folder:
+            work(folder)
+            record.write(folder)
+        return True

@@ -21,7 +21,7 @@ from poemerge.merging.plan import plan_merge
 from poemerge.merging.walk import Walk
 from poemerge.methods import find
 from poemerge.names import unused_name
-from poemerge.outfolder import check_out
+from poemerge.outfolder import reserved
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
 from poemerge.unchanged import unchanged
@@ -89,11 +89,13 @@ def merge_checkpoints(
     outs = [out, beside] if samples else [out]
     if beside.exists() and not samples:
         logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
-    for place in outs:
-        check_out(place, [base, *folders.values()], overwrite=overwrite)
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory}
-    with plan_merge(base, folders, method, settings) as plan, ThreadPoolExecutor(1) as pool:
+    with (
+        reserved(outs, [base, *folders.values()], overwrite=overwrite),
+        plan_merge(base, folders, method, settings) as plan,
+        ThreadPoolExecutor(1) as pool,
+    ):
         choices = Choices(pick_device(device), dtype, output, seed, rank, memory, draws)
         walk = Walk(plan, choices, progress or silent)
         # Inputs are hashed while they are merged.

@@ -1,9 +1,31 @@
 """Where a result may be written: never over a source, and over older work only on request."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from poemerge.alone import alone
 from poemerge.errors import SettingError
+
+
+@contextmanager
+def reserved(outs: Sequence[Path], sources: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
+    """Hold output folders for the block, after whoever makes them now.
+
+    Args:
+        outs: the folder to make, and what is made with it.
+        sources: that must stay as they are.
+        overwrite: replace a folder that exists, even if it came while we waited.
+
+    Raises:
+        SettingError: see `check_out`.
+    """
+    for out in outs:
+        check_out(out, sources, overwrite=overwrite)
+    with alone(outs[0]):
+        for out in outs:
+            check_out(out, sources, overwrite=overwrite)
+        yield
 
 
 def check_out(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, get_args
 
 from poemerge.errors import SourceError
 from poemerge.lineage import digest
-from tasks.versions import every
+from tasks.versions import every, make_model
 
 FORMAT = "poemerge/decision/1"  # raise it when a decision's fields change their meaning
 Kind = Literal["promotion", "refusal", "rollback", "approval", "rejection", "lost"]
@@ -236,14 +236,8 @@ def append(client: Any, name: str, decide: Callable[[Ledger], Decision]) -> Row:
 
 def _create(client: Any, name: str, decision: Decision) -> None:
     """Write a row down; MLflow does that with all its tags, or not at all."""
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - 1 s, and only once it is calm
-
     if not client.search_registered_models(f"name = '{name}'"):
-        try:
-            client.create_registered_model(name, description=ABOUT)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else's first decision
-                raise
+        make_model(client, name, description=ABOUT)
     body = json.dumps(asdict(decision), sort_keys=True)
     client.create_model_version(
         name,

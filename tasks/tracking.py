@@ -5,10 +5,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from poemerge.atomic import PARTIAL
 from poemerge.errors import SourceError
@@ -16,7 +17,14 @@ from poemerge.errors import SourceError
 SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
 TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
 PARENT = "mlflow.parentRunId"  # tag
+# What its client says of a server that is not there, after all tries.
+AWAY = re.compile(
+    r"too many \d+ error responses|connection refused|connection reset|closed connection"
+    r"|timed? ?out|name or service not known|max retries exceeded",
+    re.IGNORECASE,
+)
 VARIABLE = "MLFLOW_TRACKING_URI"
+ATTEMPT = "poemerge.attempt"  # tag of a run: which call has made it
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
 EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
@@ -55,6 +63,7 @@ def connected() -> Iterator[Any]:
     calm_down()
     from mlflow import MlflowClient  # noqa: PLC0415 - 1 s, and only once it is calm
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from requests import RequestException  # noqa: PLC0415
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
     uri = tracking_uri()
@@ -63,7 +72,7 @@ def connected() -> Iterator[Any]:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
         yield client
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
         raise SourceError(_sentence(uri, error)) from error
 
 
@@ -76,6 +85,9 @@ def _sentence(uri: str, error: Any) -> str:
     elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
         text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
+    elif away := AWAY.search(str(error)):
+        text = f"MLflow at {uri} does not answer ({away[0].lower()}); start it, or set {VARIABLE}, "
+        text += "and run the same command again: what is done by now is kept."
     else:
         reason = " ".join(str(error).partition("[SQL:")[0].split())
         text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
@@ -149,11 +161,14 @@ def experiment_id(client: Any, name: str) -> str:
 @contextmanager
 def ending(client: Any, run: str) -> Iterator[str]:
     """See that a run ends: finished, failed, or killed where it was interrupted."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - as above
+
     try:
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        client.set_terminated(run, "KILLED" if stopped else "FAILED")
+        with suppress(MlflowException):  # which may be away; that is not what has to be told
+            client.set_terminated(run, "KILLED" if stopped else "FAILED")
         raise
     client.set_terminated(run)
 
@@ -169,6 +184,38 @@ def bury(client: Any, place: str, which: str) -> None:
     for run in client.search_runs([place], f"{which} and attributes.status = 'RUNNING'"):
         bury(client, place, f"tags.`{PARENT}` = '{run.info.run_id}'")
         client.set_terminated(run.info.run_id, "KILLED")
+
+
+def marked_run(
+    client: Any, place: str, name: str, mark: tuple[str, str], tags: Mapping[str, str]
+) -> Any:
+    """The run that carries a mark, made where there is none: so a second try goes on with it.
+
+    Of several the oldest counts. Two who make one at once may leave two; one whose request was
+    sent again, since the answer to the first was lost, deletes what he made too much.
+
+    Args:
+        client: of MLflow.
+        place: id of the experiment.
+        name: of a new run.
+        mark: key and value of a tag that says which run it is.
+        tags: of a new run, beside the mark.
+    """
+    key, value = mark
+
+    def known() -> list[Any]:
+        found = client.search_runs([place], f"tags.`{key}` = '{value}'")
+        return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    if found := known():
+        return found[0]
+    own = uuid4().hex
+    client.create_run(place, run_name=name, tags={**tags, key: value, ATTEMPT: own})
+    first, *others = known()
+    for run in others:
+        if run.data.tags.get(ATTEMPT) == own:
+            client.delete_run(run.info.run_id)
+    return first
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

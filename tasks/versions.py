@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def every(client: Any, name: str) -> "list[ModelVersion]":
 
 def find(client: Any, name: str, digest: str) -> "ModelVersion | None":
     """The version that holds exactly these bytes."""
-    return next(iter(_search(client, f"name = '{name}' and tag.`{DIGEST}` = '{digest}'")), None)
+    return next(iter(_with_digest(client, name, digest)), None)
 
 
 def newest(client: Any, name: str) -> "ModelVersion | None":
@@ -118,14 +119,49 @@ def claim(client: Any, name: str, kind: str) -> None:
     Raises:
         SourceError: it holds versions of another kind.
     """
-    models = client.search_registered_models(f"name = '{name}'")
-    if not models:
-        client.create_registered_model(name, tags={KIND: kind})
-    for model in models:
+    query = f"name = '{name}'"
+    if not client.search_registered_models(query):
+        make_model(client, name, tags={KIND: kind})
+    for model in client.search_registered_models(query):
         found = model.tags.get(KIND, MERGE)  # there were merges before there were kinds
         if found != kind:
             message = f"{name} is the name of a registered {found}; choose another for this {kind}."
             raise SourceError(message)
+
+
+def make_model(client: Any, name: str, **how: Any) -> None:
+    """Make a registered model, unless another process did so at this very moment."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - 1 s, and only once it is calm
+
+    try:
+        client.create_registered_model(name, **how)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def create(client: Any, name: str, source: str, tags: Mapping[str, str], **how: Any) -> Any:
+    """Make a version, or take the one that another process has made for the same bytes meanwhile.
+
+    The first counts. It is the same for all who look, and each looks after making his own, so that
+    what comes after the first is of no use to anybody.
+
+    Args:
+        client: of MLflow.
+        name: of the registered model.
+        source: where the bytes are.
+        tags: of the version, its digest among them.
+        **how: what else MLflow takes.
+    """
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - 1 s, and only once it is calm
+
+    # SQL stores have a version ready when they answer.
+    client.create_model_version(name, source, tags=dict(tags), await_creation_for=0, **how)
+    first, *others = _with_digest(client, name, tags[DIGEST])
+    for version in others:
+        with suppress(MlflowException):  # it is gone already, or not ours to delete
+            client.delete_model_version(name, str(version.version))
+    return first
 
 
 def made_from(client: Any, version: "ModelVersion") -> "list[ModelVersion]":
@@ -196,6 +232,10 @@ def paged(search: Callable[..., Any], query: str, **options: Any) -> list[Any]:
         token = page.token
         if not token:
             return found
+
+
+def _with_digest(client: Any, name: str, digest: str) -> "list[ModelVersion]":
+    return _search(client, f"name = '{name}' and tag.`{DIGEST}` = '{digest}'")
 
 
 def _search(client: Any, query: str) -> "list[ModelVersion]":

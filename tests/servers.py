@@ -32,6 +32,17 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
+def prefect_server(folder: Path) -> Iterator[str]:
+    """`prefect server start` with its database in `folder`; yields the URL of its API."""
+    port = free_port()
+    command = f"{sys.executable} -m prefect server start --host 127.0.0.1 --port {port}".split()
+    environment = {**os.environ, "PREFECT_HOME": str(folder)}
+    url = f"http://127.0.0.1:{port}/api"
+    with running(command, folder / "prefect.log", environment, f"{url}/health"):
+        yield url
+
+
+@contextmanager
 def running(
     command: list[str], log: Path, environment: Mapping[str, str], health: str
 ) -> Iterator[None]:

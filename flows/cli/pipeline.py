@@ -43,10 +43,18 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool, push
             return
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
-    from flows.prefect_server import asked
+    from flows.prefect_server import LostError, asked
 
-    with bars(), asked():
-        outcome = pipeline(str(params), list(overrides), force=force, push=push)
+    try:
+        with bars(), asked():
+            outcome = pipeline(str(params), list(overrides), force=force, push=push)
+    except LostError as error:  # it is told of the work, and does none
+        standing = look(find_places(params, overrides))
+        if force or push or not standing.is_current:
+            raise
+        logging.getLogger(__name__).warning("%s", error)
+        click.echo(str(standing))
+        return
     show_outcome(outcome)
     if outcome.get("promotion"):
         show_promotion(outcome["promotion"])

@@ -36,8 +36,8 @@ def add(expert: Expert, folder: Path) -> tuple[Expert, bool]:
         known = versions.find(client, expert.name, expert.digest)
         if known is None:
             source = Reference(f"{ROOM}/{expert.name}", put(folder).oid).uri
-            version = client.create_model_version(
-                expert.name, source, tags=expert.facts, description=_words(expert)
+            version = versions.create(
+                client, expert.name, source, expert.facts, description=_words(expert)
             )
         else:
             version = known

@@ -9,7 +9,7 @@ from prefect import task
 
 from poemerge.atomic import write_json
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, Source, produce
+from poemerge.lineage import Lineage, Source, digest, produce
 from tasks.register.leaderboard import (
     KINDS,
     SPLITS,
@@ -97,7 +97,8 @@ def register(
         if folder is not None:
             write_json(folder / "leaderboard.json", board.as_json())
             write_json(folder / "registration.json", {"format": FORMAT, **asdict(entry)})
-        registry.record(experiment, entry, compared)
+        key = digest([record.key, params, list(overrides)])
+        registry.record(experiment, entry, compared, key)
 
     if produce(Path(out), record, announce):
         return True

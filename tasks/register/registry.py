@@ -1,12 +1,11 @@
 """The MLflow side: a run for every candidate, and a model version for the best one."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunInfo
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.time import get_current_time_millis
 
@@ -15,7 +14,7 @@ from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Comparison, Cost, Row
-from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat
+from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat, marked_run
 from tasks.versions import (
     BASE,
     CANDIDATE,
@@ -28,6 +27,7 @@ from tasks.versions import (
     METHOD,
     OVERRIDES,
     claim,
+    create,
     find,
     point,
     tag,
@@ -35,6 +35,7 @@ from tasks.versions import (
 
 STAGE = "poemerge.stage"  # tag of a run: what it records
 LEADERBOARD = "poemerge.leaderboard"  # tag of the parent run: a report finds it by that
+REGISTRATION = "poemerge.registration"  # tag of every run: by which a second try finds it
 COPY = "model"  # artifact folder of the weights where they are copied into MLflow
 
 
@@ -93,8 +94,15 @@ def holds(name: str, digest: str) -> bool:
         return version is not None and EVALUATION in version.tags
 
 
-def record(experiment: str, entry: Entry, compared: Comparison) -> None:
-    """Log all candidates and register the best, the challenger."""
+def record(experiment: str, entry: Entry, compared: Comparison, key: str) -> None:
+    """Log all candidates and register the best, the challenger.
+
+    Args:
+        experiment: of the runs.
+        entry: the version.
+        compared: the candidates.
+        key: what broke off is known by it, and gone on with.
+    """
     board = compared.board
     tags = {
         STAGE: "register",
@@ -104,14 +112,17 @@ def record(experiment: str, entry: Entry, compared: Comparison) -> None:
     with connected() as client:
         claim(client, entry.name, MERGE)
         place = experiment_id(client, experiment)
-        bury(client, place, f"tags.`{STAGE}` = 'register' and run_name = '{entry.name}'")
-        with _run(client, place, entry.name, tags) as parent:
+        others = f"tags.`{STAGE}` = 'register' and run_name = '{entry.name}'"
+        bury(client, place, f"{others} and tags.`{REGISTRATION}` != '{key}'")
+        runs = _Runs(client, place, key)
+        parent = runs.find("", entry.name, tags).run_id
+        with ending(client, parent):
             client.log_dict(parent, board.as_json(), "leaderboard.json")
             client.log_dict(parent, dict(compared.params), "params.yaml")
             client.log_figure(parent, heatmap(board), "leaderboard.png")
             client.log_batch(parent, metrics=_metrics(board.best, Cost()))
-            runs = [_candidate(client, place, parent, row, compared) for row in board.rows]
-            own = runs[board.rows.index(board.best)]
+            logged = [_candidate(runs, parent, row, compared) for row in board.rows]
+            own = logged[board.rows.index(board.best)]
             version = find(client, entry.name, entry.digest) or _create(
                 client, entry, own, compared
             )
@@ -119,16 +130,20 @@ def record(experiment: str, entry: Entry, compared: Comparison) -> None:
         tag(client, version, {EVALUATION: own})
 
 
-@contextmanager
-def _run(client: MlflowClient, place: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    run = client.create_run(place, run_name=name, tags=dict(tags)).info.run_id
-    with ending(client, run):
-        yield run
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of one registration, which a second try finds again."""
+
+    client: MlflowClient
+    place: str
+    key: str
+
+    def find(self, which: str, name: str, tags: Mapping[str, str]) -> RunInfo:
+        mark = REGISTRATION, f"{self.key} {which}".strip()
+        return marked_run(self.client, self.place, name, mark, tags).info
 
 
-def _candidate(
-    client: MlflowClient, place: str, parent: str, row: Row, compared: Comparison
-) -> str:
+def _candidate(runs: _Runs, parent: str, row: Row, compared: Comparison) -> str:
     folder = compared.merges[row.label] if row.kind == "merge" else None
     made = Lineage.find(folder) if folder else None
     params = flat(made.params) if made else {}
@@ -140,16 +155,19 @@ def _candidate(
     }
     if made:
         tags[DIGEST] = digest(dict(made.outputs))
-    with _run(client, place, row.label, tags) as run:
+    client, run = runs.client, runs.find(f"{row.kind} {row.label}", row.label, tags)
+    if run.status == "FINISHED":
+        return run.run_id
+    with ending(client, run.run_id) as own:
         cost = compared.costs.get(row.label, Cost()) if made else Cost()
         logged = [Param(key, value) for key, value in params.items()]
-        client.log_batch(run, metrics=_metrics(row, cost), params=logged)
+        client.log_batch(own, metrics=_metrics(row, cost), params=logged)
         for file in (folder / RECORD, folder / "merge_report.json") if folder else ():
             if file.is_file():
-                client.log_artifact(run, os.fspath(file))
+                client.log_artifact(own, os.fspath(file))
         evaluation = compared.evaluations[row.kind, row.label]
-        client.log_artifacts(run, os.fspath(evaluation), EVALUATION_FOLDER)
-    return run
+        client.log_artifacts(own, os.fspath(evaluation), EVALUATION_FOLDER)
+    return run.run_id
 
 
 def _metrics(row: Row, cost: Cost) -> list[Metric]:
@@ -176,11 +194,4 @@ def _create(client: MlflowClient, entry: Entry, run: str, compared: Comparison) 
         BASE: entry.base,
         OVERRIDES: " ".join(compared.overrides),
     }
-    return client.create_model_version(
-        entry.name,
-        source,
-        run_id=run,
-        tags=tags,
-        description=entry.description,
-        await_creation_for=0,  # SQL stores have it ready when they answer
-    )
+    return create(client, entry.name, source, tags, run_id=run, description=entry.description)

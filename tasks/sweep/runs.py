@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.sweep.search import Result
 from tasks.sweep.standings import Standing
-from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat
+from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat, marked_run
 
 SWEEP, STATE, KIND = "poemerge.sweep", "poemerge.state", "poemerge.kind"
 WINNER = "poemerge.winner"
@@ -93,15 +93,12 @@ def open_runs(experiment: str, sweep: str, params: Mapping[str, Any]) -> Iterato
     """
     with connected() as client:
         place = experiment_id(client, experiment)
-        known = client.search_runs([place], f"tags.`{SWEEP}` = '{sweep}'", max_results=1)
-        if known:
-            parent = known[0].info.run_id
-            client.update_run(parent, status="RUNNING")
-        else:
-            tags = {SWEEP: sweep, "poemerge.stage": "sweep"}
-            parent = client.create_run(place, run_name="sweep", tags=tags).info.run_id
+        tags = {"poemerge.stage": "sweep"}
+        parent = marked_run(client, place, "sweep", (SWEEP, sweep), tags).info.run_id
+        client.update_run(parent, status="RUNNING")
         runs = Runs(client, place, parent)
         with ending(client, parent):
             bury(client, place, f"tags.`{PARENT}` = '{parent}'")
             client.log_dict(parent, dict(params), "params.yaml")
             yield runs
+            bury(client, place, f"tags.`{PARENT}` = '{parent}'")  # and those that were begun twice

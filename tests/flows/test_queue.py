@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from flows import stage
 from flows.cli import main
+from flows.places import ARTIFACTS
 from flows.queue import tickets, turn
+from poemerge.alone import alone
 
 HOLDER = """
 import logging, sys
@@ -144,3 +147,13 @@ def test_a_merge_waits_its_turn_and_may_be_stopped(
     assert not (tmp_path / "merged").exists()
     shown = CliRunner().invoke(main, ["queue"], catch_exceptions=False).output
     assert shown == "Nobody merges on this machine, and nobody waits.\n"
+
+
+def test_a_stage_of_dvc_does_not_wait_for_a_run(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with alone(ARTIFACTS):
+        assert stage.main(["fetch"]) == 1
+    assert f"error: artifacts is held by process {os.getpid()} (" in caplog.text
+    assert not (project / "artifacts").exists()
+    assert stage.main(["fetch"]) == 0

@@ -1,11 +1,17 @@
 """Figures of the tests here: `--full` tries as often as docs/reliability.md says, and writes it."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.reliability import page
 from tests.reliability.trials import Trials
+from tests.servers import prefect_server
+
+if TYPE_CHECKING:
+    from tests.reliability.contest import Arena
 
 KEY = "trials"
 
@@ -20,6 +26,48 @@ def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
     held = found.tried - len(found.failures)
     request.node.user_properties.append((KEY, (claim, found.tried, held)))
     found.settle()
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> None:
+    """For what takes minutes: tried with `--full` alone."""
+    if not request.config.getoption("--full"):
+        pytest.skip("with --full")
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Prefect server."""
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def arena(prefect: str) -> "Arena":
+    """Where commands start at the same moment, which report to that server."""
+    from tests.reliability.contest import Arena
+
+    return Arena({"PREFECT_API_URL": prefect})
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa: ANN001
+    """A project before its first run; for reading only."""
+    from tests.reliability.projects import new_project
+
+    return new_project(tmp_path_factory.mktemp("projects") / "fresh", zoo)
+
+
+@pytest.fixture(scope="session")
+def finished(fresh: Path, arena: "Arena") -> Path:
+    """The same after a run that nobody disturbed; for reading only."""
+    from tests.reliability.contest import Command
+    from tests.reliability.projects import copy
+
+    folder = copy(fresh, fresh.with_name("finished"))
+    (ended,) = arena.contend([Command(("run",), folder)], folder.with_name("log"))
+    assert ended.code == 0, ended.said
+    return folder
 
 
 def pytest_terminal_summary(

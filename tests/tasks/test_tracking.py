@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel, SqlRegisteredModelAlias
 from sqlalchemy import event
 
 from poemerge.errors import SourceError
 from tasks import versions
-from tasks.tracking import connected
+from tasks.tracking import connected, ending, experiment_id, marked_run
 
 ROOT = Path(__file__).parents[2]
 INSERT = """
 INSERT INTO registered_model_aliases (workspace, name, alias, version)
 VALUES ('default', 'tiny', 'live', 1)
+"""
+
+MODEL = "INSERT INTO registered_models (workspace, name) VALUES ('default', 'tiny')"
+KIND = """
+INSERT INTO registered_model_tags (workspace, name, key, value)
+VALUES ('default', 'tiny', 'poemerge.kind', 'expert')
 """
 
 FIRST_USE = """
@@ -61,7 +67,7 @@ def test_three_processes_start_on_a_new_database(tmp_path: Path) -> None:
 def test_a_password_in_the_uri_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret-word@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(SourceError, match=r"MLflow at http://127\.0\.0\.1:9 refused") as caught:
+    with pytest.raises(SourceError, match=r":9 does not answer \(connection refused\)") as caught:
         connected().__enter__()
     assert "secret-word" not in str(caught.value)
 
@@ -72,20 +78,72 @@ def test_a_database_that_cannot_be_is_one_sentence(monkeypatch: pytest.MonkeyPat
         connected().__enter__()
 
 
-def test_an_alias_that_another_sets_at_the_same_moment_is_set(
-    tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = shutil.copy(database, tmp_path)
+@pytest.fixture
+def file(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database of this test alone."""
+    file = Path(shutil.copy(database, tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    return file
+
+
+def meanwhile(file: Path, table: type, *statements: str) -> None:
+    """Let somebody else write just before the next row of a table is."""
 
     def somebody_else(*_: object) -> None:
         with sqlite3.connect(file) as other:
-            other.execute(INSERT)
+            for statement in statements:
+                other.execute(statement)
+        other.close()
 
+    event.listen(table, "before_insert", somebody_else, once=True)
+
+
+def test_an_alias_that_another_sets_at_the_same_moment_is_set(file: Path) -> None:
     with connected() as client:
         client.create_registered_model("tiny")
         for _ in range(2):
-            client.create_model_version("tiny", str(tmp_path), await_creation_for=0)
-        event.listen(SqlRegisteredModelAlias, "before_insert", somebody_else, once=True)
+            client.create_model_version("tiny", str(file.parent), await_creation_for=0)
+        meanwhile(file, SqlRegisteredModelAlias, INSERT)
         versions.point(client, "tiny", "live", 2)
         assert versions.aliases_of(client, "tiny") == {"live": "2"}
+
+
+def test_a_name_that_another_takes_at_the_same_moment_is_shared_or_refused(file: Path) -> None:
+    with connected() as client:
+        meanwhile(file, SqlRegisteredModel, MODEL)
+        versions.claim(client, "tiny", versions.MERGE)
+        client.delete_registered_model("tiny")
+        meanwhile(file, SqlRegisteredModel, MODEL, KIND)
+        with pytest.raises(SourceError, match="tiny is the name of a registered expert"):
+            versions.claim(client, "tiny", versions.MERGE)
+
+
+def test_bytes_that_another_registers_at_the_same_moment_have_one_version(file: Path) -> None:
+    with connected() as client:
+        client.create_registered_model("tiny")
+        tags = {versions.DIGEST: "these bytes"}
+        other = client.create_model_version("tiny", "dvc://x", tags=tags, await_creation_for=0)
+        made = versions.create(client, "tiny", "dvc://x", tags)
+        assert made.version == other.version == versions.find(client, "tiny", "these bytes").version
+        assert len(versions.every(client, "tiny")) == 1
+        new = versions.create(client, "tiny", "dvc://y", {versions.DIGEST: "others"})
+        assert int(new.version) == 3  # the number of what was deleted is not given again
+
+
+def test_a_marked_run_is_found_again_and_made_once(file: Path) -> None:
+    with connected() as client:
+        place = experiment_id(client, "tests")
+        first = marked_run(client, place, "name", ("mark", "one"), {"more": "tags"})
+        again = marked_run(client, place, "another", ("mark", "one"), {})
+        other = marked_run(client, place, "name", ("mark", "two"), {})
+        assert first.info.run_id == again.info.run_id != other.info.run_id
+        assert first.data.tags["more"] == "tags"
+        assert len(client.search_runs([place])) == 2
+
+
+def test_a_run_that_cannot_be_ended_does_not_hide_why_it_failed(file: Path) -> None:
+    with connected() as client:
+        run = client.create_run(experiment_id(client, "tests")).info.run_id
+        client.delete_run(run)  # which MLflow then refuses to end
+        with pytest.raises(KeyboardInterrupt), ending(client, run):
+            raise KeyboardInterrupt

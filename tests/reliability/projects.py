@@ -1,0 +1,42 @@
+"""A tiny project with little to evaluate and to report, before and after its first run."""
+
+import shutil
+from pathlib import Path
+
+from tests.flows.conftest import keep_two_candidates, make_project
+
+PROMOTE = """\
+promote:
+  automatic: true
+  min_gain: -1.0
+  level: 0.95
+  max_drop: 1.0
+  certificates: true
+  verify: true
+"""
+LITTLE = {"limit: 6": "limit: 2", "detail: 2": "detail: 0"}
+
+
+def new_project(folder: Path, zoo) -> Path:  # noqa: ANN001
+    """Two candidates, of which the best is promoted by the run itself."""
+    make_project(folder, zoo)
+    keep_two_candidates(folder)
+    params = (folder / "params.yaml").read_text()
+    for much, little in LITTLE.items():
+        params = params.replace(much, little)
+    (folder / "params.yaml").write_text(params + PROMOTE)
+    return folder
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A clone of a project, but for its MLflow."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns"))
+    return target
+
+
+def before_registration(finished: Path, target: Path) -> Path:
+    """A project in which all is done but registration and report."""
+    folder = copy(finished, target)
+    for stage in ("register", "report"):
+        shutil.rmtree(folder / "artifacts" / stage)
+    return folder
