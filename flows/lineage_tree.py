@@ -53,7 +53,7 @@ def show_verification(found: Verification) -> None:
     for check in (found.own, *found.sources):
         state = f"[{COLOURS[check.state]}]{check.state}[/]"
         what, where = " ← ".join(check.role) or "the model itself", escape(check.where)
-        table.add_row(what, state, str(len(check.files)), where, escape(_address(check)))
+        table.add_row(escape(what), state, str(len(check.files)), where, escape(_address(check)))
     console.print(table, highlight=False)
     for check in (found.own, *found.sources):
         for state in list(COLOURS)[1:]:
@@ -150,7 +150,8 @@ def _add_scores(branch: Tree, scored: Evaluation) -> None:
 
 def _add_files(branch: Tree, files: Mapping[str, str]) -> None:
     for name, value in files.items():
-        branch.add(f"[dim]{escape(name)}  {value if value.startswith('git:') else _sha(value)}[/]")
+        shown = value if value.startswith("git:") else _sha(value)
+        branch.add(f"[dim]{escape(f'{name}  {shown}')}[/]")
 
 
 def _named(version: Version) -> str:
@@ -165,7 +166,9 @@ def _title(made: Made) -> str:
 
 def _settings(params: Mapping[str, Any]) -> dict[str, str]:
     """What decided the result; what is empty or off is left out."""
-    plain = {**params, **params.get("settings", {})} | {"settings": None, "method": None}
+    given = params.get("settings")
+    plain = {**params, **(given if isinstance(given, Mapping) else {})}
+    plain |= {"settings": None, "method": None}
     return {k: v for k, v in flat(plain).items() if v not in {"", "null", "{}", "false"}}
 
 

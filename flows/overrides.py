@@ -6,8 +6,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
 
+from poemerge.documents import check_tree
 from poemerge.errors import SettingError
 
 
@@ -26,9 +26,23 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(key.split(".")):
         raise SettingError(f"--set {text!r} is no assignment; write section.key=value.")
     try:
-        return key.split("."), YAML(typ="safe", pure=True).load(value)
-    except YAMLError as error:
+        return key.split("."), parse_yaml(value)
+    except ValueError as error:
         raise SettingError(f"--set {text!r} has a value that is no YAML; quote it.") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document, plain data.
+
+    Raises:
+        ValueError: it is none, or stands for more than its text can hold.
+    """
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except Exception as error:  # odd tags make the parser raise anything
+        raise ValueError(str(error) or type(error).__name__) from error
+    check_tree(value)
+    return value
 
 
 def _put(tree: Any, keys: list[str], value: Any) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """params.yaml as frozen models: every number of the pipeline, and nothing that is unknown."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from flows.overrides import override
+from flows.overrides import override, parse_yaml
+from poemerge.documents import BY_HAND, read_text
 from poemerge.errors import SettingError
 from poemerge.settings import nearest
 
@@ -206,10 +206,10 @@ def check(path: Path, params: Params) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The mapping in `path`, YAML 1.2 as DVC reads it: 1e-3 is a number, a key stands once."""
     try:
-        tree = YAML(typ="safe", pure=True).load(path)
+        tree = parse_yaml(read_text(path, BY_HAND))
     except FileNotFoundError as error:
         raise SettingError(f"{path} does not exist; run where it lies, or name it.") from error
-    except (OSError, YAMLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         first = " ".join(str(error).split())
         raise SettingError(f"{path} is no readable YAML ({first}); mend it there.") from error
     if not isinstance(tree, dict):
@@ -279,8 +279,8 @@ def _sentence(error: ValidationError) -> str:
         return f"unknown key {where}{nearest(name, known)}; known here: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{where} is missing; add it (the README has a params.yaml with every key)."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}; mend it there."
+    message, given = problem["msg"].removeprefix("Value error, "), reprlib.repr(problem["input"])
+    return f"{where}: {message[0].lower()}{message[1:]}, got {given}; mend it there."
 
 
 def _known(location: tuple[int | str, ...]) -> list[str]:

@@ -4,58 +4,19 @@ The scaling is alpha / r, or alpha / √r for rslora, with r and alpha from the 
 fits the module; it is applied once, here.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
 
-from poemerge.checkpoint import TensorFiles, read_json
+from poemerge.checkpoint import TensorFiles
 from poemerge.errors import CheckpointError
 from poemerge.layout import ADAPTER
+from poemerge.lora_config import LoraConfig
 from poemerge.task_vector import LowRank
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."  # PEFT saves a copy of the embedding that it adapts
-# What changes the algebra in a way that two factors do not show.
-UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "monteclora_config",
-    "kasa_config",
-    "target_parameters",
-    "trainable_token_indices",
-)
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """The numbers of `adapter_config.json` that enter the update."""
-
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    rslora: bool
-    fan_in_fan_out: bool
-    task: str | None  # PEFT's name for what the model is: CAUSAL_LM, SEQ_2_SEQ_LM, ...
-
-    def rank_of(self, module: str) -> int:
-        """R for a module such as `model.layers.0.self_attn.q_proj`."""
-        return int(_match(self.rank_pattern, module, self.rank))
-
-    def scaling_of(self, module: str) -> float:
-        """The factor on lora_B · lora_A."""
-        rank = self.rank_of(module)
-        alpha = _match(self.alpha_pattern, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class Adapter(TensorFiles):
@@ -69,7 +30,7 @@ class Adapter(TensorFiles):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.lora = _parse(folder / CONFIG)
+        self.lora = LoraConfig.read(folder / CONFIG)
         if not (folder / ADAPTER).exists():
             raise CheckpointError(f"{folder / ADAPTER} is missing; save the adapter again.")
         super().__init__(folder, (ADAPTER,))
@@ -157,44 +118,6 @@ class Adapter(TensorFiles):
 def is_adapter(folder: Path) -> bool:
     """True if `folder` is a PEFT adapter."""
     return (folder / CONFIG).exists()
-
-
-def _parse(path: Path) -> LoraConfig:
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} is of type {config.get('peft_type')}; only LORA is merged.")
-    if config.get("bias", "none") != "none":
-        _refuse(path, "bias", config["bias"])
-    for key in UNSUPPORTED:
-        if config.get(key):
-            _refuse(path, key, config[key])
-    if str(config.get("init_lora_weights")).lower().startswith(REBASED):
-        raise CheckpointError(
-            f"{path} was initialised by {config['init_lora_weights']}, which changes the base "
-            "weights; convert it with PEFT's path_initial_model_for_weight_conversion first."
-        )
-    return LoraConfig(
-        rank=int(config.get("r", 0)),
-        alpha=float(config.get("lora_alpha", 0)),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        rslora=bool(config.get("use_rslora")),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        task=config.get("task_type"),
-    )
-
-
-def _refuse(path: Path, key: str, value: object) -> NoReturn:
-    raise CheckpointError(
-        f"{path} has {key}={value!r}, which plain LoRA factors do not express; merge it into its "
-        "base with PEFT and give the full checkpoint."
-    )
-
-
-def _match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """First pattern that fits the end of the module's name, as PEFT matches them."""
-    fits: Iterable[str] = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-    return next((patterns[key] for key in fits), default)
 
 
 def _base_name(key: str) -> str:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import reprlib
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from poemerge import documents
 from poemerge.errors import CheckpointError, SourceError
 from poemerge.layout import INDEX, SINGLE
 
@@ -29,6 +32,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+# What is asked of a config, and what it must be where it is there.
+CONFIG = {
+    "_name_or_path": str,
+    "architectures": list,
+    "is_encoder_decoder": bool,
+    "model_type": str,
+    "text_config": dict,
+    "tie_word_embeddings": bool,
+    "vocab_size": int,
+}
+AXES = 8  # of a tensor; no library computes with many more
 
 
 @dataclass(frozen=True)
@@ -147,6 +163,7 @@ class Checkpoint(TensorFiles):
                 f"{folder} is quantised (quantization_config in config.json); merge the "
                 "unquantised checkpoint, or a .gguf file, which is dequantised on request."
             )
+        _check_config(folder / "config.json", self.config)
         super().__init__(folder, weight_files(folder))
         self._check_index()
 
@@ -158,14 +175,17 @@ class Checkpoint(TensorFiles):
     @property
     def ties_embeddings(self) -> bool:
         """True if the config says that the output head is the input embedding."""
-        config = self.config.get("text_config", self.config)
-        return bool(config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")))
+        return bool(self._text.get("tie_word_embeddings", self.config.get("tie_word_embeddings")))
 
     @property
     def vocabulary(self) -> int | None:
         """Rows of the vocabulary matrices as the config states them."""
-        size = self.config.get("text_config", self.config).get("vocab_size")
-        return size if isinstance(size, int) else None
+        return self._text.get("vocab_size")
+
+    @property
+    def _text(self) -> Mapping[str, Any]:
+        """The part of the config that is about text, where the model has others."""
+        return self.config.get("text_config") or self.config
 
     def _check_index(self) -> None:
         for name, file in self.index.items():
@@ -197,15 +217,28 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is no JSON object.
     """
-    if not path.exists():
+    if not documents.is_there(path):
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = documents.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is unreadable ({error}); fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object; fetch it again.")
     return value
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """See that what is asked of a config later on is of the type that transformers gives it."""
+    for name, kind in CONFIG.items():
+        value = config.get(name)
+        if value is not None and type(value) is not kind:
+            raise CheckpointError(
+                f"{path} has {name}={reprlib.repr(value)}, where transformers has a "
+                f"{kind.__name__}; fetch it again."
+            )
+    if text := config.get("text_config"):
+        _check_config(path, text)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
@@ -221,8 +254,11 @@ def _check_inside(folder: Path, file: str) -> None:
             f"{folder / INDEX} names {file}, which is outside its folder; this index is not to be "
             "trusted."
         )
-    if not (folder / file).is_file():
-        raise CheckpointError(f"{folder / file} is missing (named in {INDEX}); fetch it again.")
+    try:
+        documents.check_file(folder / file)
+    except (OSError, ValueError) as error:
+        message = f"{folder / file} is missing (named in {INDEX}); fetch it again."
+        raise CheckpointError(message) from error
 
 
 def _close_all(descriptors: Mapping[str, int]) -> None:
@@ -232,8 +268,9 @@ def _close_all(descriptors: Mapping[str, int]) -> None:
 
 def _open(path: Path) -> Any:
     try:
+        documents.check_file(path)
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is no intact safetensors file ({error}); fetch it again."
         ) from error
@@ -253,4 +290,9 @@ def _info(path: Path, name: str, header: Any) -> TensorInfo:
             f"{name} in {path} is stored as {header.get_dtype()}, a quantised format; merge the "
             "unquantised checkpoint."
         )
-    return TensorInfo(name, tuple(header.get_shape()), dtype, path.name)
+    shape = tuple(header.get_shape())
+    if len(shape) > AXES or max(shape, default=0) > sys.maxsize:
+        raise CheckpointError(
+            f"{name} in {path} has the shape {reprlib.repr(shape)}; fetch it again, or take it out."
+        )
+    return TensorInfo(name, shape, dtype, path.name)

@@ -1,8 +1,17 @@
 """One exception tree: every message is a sentence that says what, where and what to do."""
 
+LONGEST = 1_000  # characters of a message
+
 
 class PoemergeError(Exception):
     """Root of everything that poemerge refuses; the command line prints it and exits with 1."""
+
+    def __str__(self) -> str:
+        """One line that a terminal can show, whatever names and values a file has put into it."""
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class SourceError(PoemergeError):

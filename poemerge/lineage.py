@@ -18,10 +18,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, Self
 
+from poemerge import documents
 from poemerge.alone import alone
 from poemerge.atomic import new_folder, write_json
 from poemerge.errors import SourceError
@@ -39,9 +40,17 @@ def digest(value: object) -> str:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Relative path → sha256 of every file below `folder`, lineage records left out, sorted."""
+    """Relative path → sha256 of every file below `folder`, lineage records left out, sorted.
+
+    Raises:
+        SourceError: one cannot be read.
+    """
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+    try:
+        return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+    except OSError as error:
+        reason = f"{error.filename} cannot be read ({error.strerror})"
+        raise SourceError(f"{reason}; mend its permissions, or take it out.") from error
 
 
 def sha256(path: Path) -> str:
@@ -73,7 +82,8 @@ def hash_ahead(folders: Iterable[Path]) -> None:
         with suppress(OSError):
             sha256(path)
 
-    files = [path for folder in folders for path in folder.rglob("*.safetensors")]
+    found = (path for folder in folders for path in folder.rglob("*.safetensors"))
+    files = [path for path in found if path.is_file()]
     pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash-ahead")
     for path in files:
         pool.submit(hash_quietly, path)
@@ -190,10 +200,13 @@ class Lineage:
         """The record that has these fields, as `asdict` gives them and a source's parent is kept.
 
         Raises:
-            KeyError: it has no inputs; a TypeError or an AttributeError where it is no record.
+            KeyError: it has no inputs; a TypeError, an AttributeError or a ValueError where it is
+                no record.
         """
         known = {name: value for name, value in fields.items() if name != "format"}
-        return cls(**known | {"inputs": tuple(Source(**source) for source in fields["inputs"])})
+        record = cls(**known | {"inputs": tuple(Source(**source) for source in fields["inputs"])})
+        _check(record)
+        return record
 
     @classmethod
     def find(cls, folder: Path) -> Self | None:
@@ -203,7 +216,7 @@ class Lineage:
             SourceError: the file is there but is no lineage record.
         """
         path = folder / RECORD
-        return cls.read(path) if path.exists() else None
+        return cls.read(path) if documents.is_there(path) else None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -213,7 +226,7 @@ class Lineage:
             SourceError: it is unreadable, or no lineage record.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = documents.read_json(path)
         except (OSError, ValueError) as error:
             message = f"{path} is unreadable ({error}); delete it to go on without it."
             raise SourceError(message) from error
@@ -222,6 +235,23 @@ class Lineage:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             message = f"{path} is no lineage record ({error}); delete it to go on."
             raise SourceError(message) from error
+
+
+def _check(record: Lineage) -> None:
+    """See that fields hold what they are written with, those of the records in it too."""
+    files = [record.outputs, *(source.files for source in record.inputs)]
+    texts = [record.stage, record.uri, record.revision, record.device]
+    texts += [text for s in record.inputs for text in (s.name, s.uri, s.revision)]
+    for table in (record.code, record.packages, *files):
+        texts += [text for pair in table.items() for text in pair]
+    if not (isinstance(record.params, Mapping) and all(isinstance(text, str) for text in texts)):
+        raise TypeError("a field is of another kind")
+    for name in (name for table in files for name in table):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise ValueError(f"{name} is outside of its folder")
+    for source in record.inputs:
+        if source.parent is not None:
+            Lineage.of(source.parent)
 
 
 def produce(out: Path, record: Lineage, work: Callable[[Path], None]) -> bool:

@@ -1,6 +1,7 @@
 """Settings that are mappings: checked, and brought into one form."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ def says(name: str, value: Any) -> dict[str, float | dict[str, float]]:
     """A mapping of names to weights, or to weights by name pattern."""
     if not isinstance(value, Mapping) or not all(map(_is_say, value.values())):
         raise SettingError(
-            f"{name} is {value!r}; give a mapping of expert names to numbers ≥ 0, or to mappings "
-            "of tensor name patterns to numbers ≥ 0."
+            f"{name} is {reprlib.repr(value)}; give a mapping of expert names to numbers ≥ 0, or "
+            "to mappings of tensor name patterns to numbers ≥ 0."
         )
     return {str(expert): _say(given) for expert, given in value.items()}
 
@@ -33,7 +34,9 @@ def _say(given: Any) -> float | dict[str, float]:
 def file_names(name: str, value: Any) -> dict[str, str]:
     """A mapping of names to files."""
     if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
-        raise SettingError(f"{name} is {value!r}; give a mapping of expert names to files.")
+        raise SettingError(
+            f"{name} is {reprlib.repr(value)}; give a mapping of expert names to files."
+        )
     return {str(expert): file for expert, file in value.items()}
 
 
@@ -47,7 +50,7 @@ def pattern_sizes(name: str, value: Any) -> dict[str, tuple[int, ...]]:
     )
     if not sound:
         raise SettingError(
-            f"{name} is {value!r}; give a mapping of tensor name patterns to lists of two or more "
-            "sizes."
+            f"{name} is {reprlib.repr(value)}; give a mapping of tensor name patterns to lists of "
+            "two or more sizes."
         )
     return {str(pattern): tuple(sizes) for pattern, sizes in value.items()}

@@ -42,7 +42,8 @@ def copy_side_files(base: Path, folder: Path, dtype: str) -> None:
     """Copy config, tokenizer and templates; note a changed dtype in the config."""
     for path in sorted(base.iterdir()):
         is_index = path.name.endswith(".index.json")
-        if path.suffix in TEXT_FILES and path.name not in OWN_FILES and not is_index:
+        known = path.suffix in TEXT_FILES and path.name not in OWN_FILES and not is_index
+        if known and path.is_file():
             shutil.copyfile(path, folder / path.name)
     config = read_json(folder / "config.json")
     if config and dtype != "source":

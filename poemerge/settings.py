@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -117,7 +118,7 @@ def _word(field_: Field[Any], value: Any) -> str:
     choices = field_.metadata["choices"]
     if value not in choices:
         words = ", ".join(choice or "''" for choice in choices)
-        raise SettingError(f"{field_.name} is {value!r}; choose one of {words}.")
+        raise SettingError(f"{field_.name} is {reprlib.repr(value)}; choose one of {words}.")
     return str(value)
 
 
@@ -126,7 +127,7 @@ def _number(field_: Field[Any], value: Any, *, whole: bool) -> float | int:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or (whole and value != int(value)):
         words = "".join(f" or {word!r}" for word in field_.metadata["words"])
-        raise SettingError(f"{field_.name} is {value!r}; give {kind}{words}.")
+        raise SettingError(f"{field_.name} is {reprlib.repr(value)}; give {kind}{words}.")
     low, high = field_.metadata["low"], field_.metadata["high"]
     if not low <= value <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"

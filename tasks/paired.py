@@ -4,14 +4,15 @@ Items are drawn anew within each task, tasks are fixed: the mean over tasks is w
 not what other tasks would show.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from poemerge.documents import read_json
 from poemerge.errors import SourceError
 
 ITEMS = "items.json"
@@ -38,18 +39,35 @@ class Outcomes:
         """From items.json in the folder of an evaluation.
 
         Raises:
-            SourceError: the file, a task or the split is missing.
+            SourceError: the file, a task or the split is missing or damaged.
         """
         try:
-            items = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
+            items = read_json(folder / ITEMS)
             cells = {task: items[task][split] for task in tasks}
-        except (OSError, ValueError, KeyError) as error:
+            found = cls(
+                {task: tuple(map(_text, cell["ids"])) for task, cell in cells.items()},
+                {task: tuple(map(_number, cell["outcomes"])) for task, cell in cells.items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"{folder / ITEMS} lacks items ({error}); run evaluate again."
             raise SourceError(message) from error
-        return cls(
-            {task: tuple(cell["ids"]) for task, cell in cells.items()},
-            {task: tuple(map(float, cell["outcomes"])) for task, cell in cells.items()},
-        )
+        for task, ids in found.ids.items():
+            if len(ids) != len(found.values[task]):
+                message = f"{folder / ITEMS} lacks outcomes of {task}; run evaluate again."
+                raise SourceError(message)
+        return found
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no hash")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        raise TypeError(f"{value!r} is no finite number")
+    return float(value)
 
 
 @dataclass(frozen=True)

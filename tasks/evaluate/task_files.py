@@ -3,13 +3,15 @@
 import difflib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from poemerge.documents import BY_HAND, check_tree, read_text
 from poemerge.errors import SettingError
 from poemerge.lineage import sha256
 
@@ -45,6 +47,17 @@ class Function(str):
     """A `!function` in a YAML file, `module.name`; nothing is imported here."""
 
     __slots__ = ()
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(_are_names, value)))
+
+
+SOUND: Mapping[str, Callable[[object], bool]] = {  # what is read here
+    "include": _are_names,
+    "dataset_path": lambda value: value is None or isinstance(value, str),
+    "dataset_kwargs": lambda value: value is None or isinstance(value, dict),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -117,7 +130,7 @@ def _locate(data_files: Any, path: Path) -> Any:
     if not _is_path(data_files):
         return data_files
     for folder in path.resolve().parents:
-        if (folder / data_files).is_file():
+        if os.path.isfile(folder / data_files):  # noqa: PTH113 - of a name too long, too
             return str(folder / data_files)
     raise SettingError(
         f"{path} names the data file {data_files}, which is neither beside it nor below a folder "
@@ -131,14 +144,15 @@ def _is_path(value: Any) -> bool:
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
     """A YAML file with its includes, merged as lm-eval merges them, and every file behind it."""
-    if path.resolve() in above:
+    real = Path(os.path.realpath(path))  # of a link to itself too
+    if real in above:
         raise SettingError(f"{path} includes itself; take it out of `include`.")
     config = _parse(path)
     read = [path, *_modules(config, path.parent)]
     merged: dict[str, Any] = {}
     included = config.pop("include", [])
     for name in included if isinstance(included, list) else [included]:
-        below, more = _read(path.parent / name, (*above, path.resolve()))
+        below, more = _read(path.parent / name, (*above, real))
         merged |= below
         read += more
     return merged | config, read
@@ -146,17 +160,23 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], lis
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        config = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+        config = yaml.load(read_text(path, BY_HAND), _Loader)  # noqa: S506 - a SafeLoader
+        check_tree(config)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SettingError(
             f"{path}, line {line}, is no YAML ({error.problem}); correct that line."
         ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # odd tags make the parser raise anything
         raise SettingError(f"{path} is unreadable ({error}); correct or remove it.") from error
     if not isinstance(config, dict):
         raise SettingError(f"{path} is no mapping of names to values; correct or remove it.")
+    for name, is_sound in SOUND.items():
+        if name in config and not is_sound(config[name]):
+            value = reprlib.repr(config[name])
+            raise SettingError(
+                f"{path} has {name}: {value}, which lm-eval does not know; correct it."
+            )
     return config
 
 

@@ -161,6 +161,6 @@ def _is_intact_copy(out: Path, source: str, sha256: str | None) -> bool:
     return (
         record is not None
         and (record.stage, record.uri) == (STAGE, source)
-        and sha256 in {None, record.inputs[0].digest}
+        and any(sha256 in {None, read.digest} for read in record.inputs)
         and dict(record.outputs) == hash_files(out)
     )

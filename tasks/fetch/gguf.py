@@ -15,6 +15,7 @@ import torch
 
 from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import sha256
+from tasks.fetch.gguf_header import check_header
 from tasks.fetch.origin import Origin
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,6 +56,7 @@ def _convert(path: Path, dtype: str, folder: Path) -> None:
     logger.info("dequantising %s to %s", path.name, dtype)
     with _alone(path) as home:
         try:
+            check_header(path)
             model = _load_model(home, path, dtype)
             tokenizer = _load_tokenizer(home, path.name)
         except SourceError:

@@ -40,7 +40,7 @@ def trained_on(folder: Path) -> Base | None:
     found = Lineage.find(folder)
     record = None if found is None else asdict(found)
     while record and record["stage"] == STAGE:
-        record = record["inputs"][0]["parent"]
+        record = record["inputs"][0]["parent"] if record["inputs"] else None
     source = next((s for s in record["inputs"] if s["name"] == "base"), None) if record else None
     return source and Base(source["uri"], _digest(source["files"], source["parent"]))
 
@@ -48,6 +48,6 @@ def trained_on(folder: Path) -> Base | None:
 def _digest(files: Mapping[str, str], parent: Mapping[str, Any] | None) -> str:
     weights = {name: value for name, value in files.items() if name.endswith(WEIGHTS)}
     if parent and parent["stage"] == STAGE and weights.items() <= parent["outputs"].items():
-        (read,) = parent["inputs"]
-        return _digest(read["files"], read["parent"])
+        for read in parent["inputs"]:  # there is one
+            return _digest(read["files"], read["parent"])
     return digest(weights)

@@ -1,6 +1,5 @@
 """What made a model, all the way down, and what has become of it since."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
+from poemerge.documents import read_json
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, Source, digest
 from tasks import decisions
@@ -49,12 +49,14 @@ class Evaluation:
         """
         record, path = Lineage.find(folder), folder / "results.json"
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            scores = read_json(path)["scores"]
+            for cell in (cell for by in scores.values() for cell in by.values()):
+                f"{cell['score']:.4f}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{path} is unreadable ({error}); evaluate again.") from error
         tasks = [s for s in record.inputs if s.name.startswith(TASK)] if record else []
         data = {source.name.removeprefix(TASK): source.files for source in tasks}
-        return cls(results["scores"], data, record.params if record else {})
+        return cls(scores, data, record.params if record else {})
 
 
 @dataclass(frozen=True)

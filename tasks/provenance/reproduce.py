@@ -21,6 +21,17 @@ from tasks.versions import SCHEME
 HUB = "hf://"
 CURVATURE = "curvature of "  # names the inputs that are no checkpoint
 THREADS = re.compile(r"cpu, (\d+) threads")
+MOST_THREADS = 1024  # a record that names more is not believed
+ASKED = {  # what `merge_checkpoints` records: name → types
+    "method": (str,),
+    "settings": (dict,),
+    "device": (str,),
+    "dtype": (str,),
+    "output": (str,),
+    "seed": (int,),
+    "rank": (int, type(None)),
+    "memory": (int, type(None)),
+}
 Fetch = Callable[[str, Mapping[str, Any]], Path]
 
 
@@ -67,10 +78,20 @@ def reproduce(
 
 
 def _merge_record(model: Model) -> Lineage:
+    from poemerge.methods import find  # noqa: PLC0415 - imports torch
+
     record = model.record
     if record.stage != "merge" or "posterior" in record.params:
         kind = "a draw from a posterior" if "posterior" in record.params else f"of {record.stage}"
         raise SettingError(f"{model.ref} is {kind}; give a merged model.")
+    kinds = {name: type(value) for name, value in record.params.items()}
+    known = {"method", "settings"} <= kinds.keys() <= ASKED.keys()
+    if not (known and all(kind in ASKED[name] for name, kind in kinds.items())):
+        raise SourceError(
+            f"{model.ref} has a record that is not as `poemerge merge` writes it "
+            f"({', '.join(kinds)}); nobody can follow it, so merge anew."
+        )
+    find(str(record.params["method"])).settings.parse(record.params["settings"])
     return record
 
 
@@ -97,7 +118,7 @@ def _place(source: Source, found: Found, stack: ExitStack) -> Path:
     if folder is not None and hash_files(folder) == dict(source.files):
         return folder
     scratch = Path(stack.enter_context(TemporaryDirectory()))
-    linked = scratch / (folder.resolve().name if folder else source.name)
+    linked = scratch / (folder.resolve() if folder else Path(source.name)).name
     for name in source.files:
         (linked / name).parent.mkdir(parents=True, exist_ok=True)
         (linked / name).symlink_to(found.files[name].resolve())
@@ -119,7 +140,7 @@ def _threads(device: str) -> Iterator[None]:
     import torch  # noqa: PLC0415 - 1 s
 
     before, then = torch.get_num_threads(), THREADS.fullmatch(device)
-    if then:
+    if then and int(then[1]) in range(1, MOST_THREADS):
         torch.set_num_threads(int(then[1]))
     try:
         yield

@@ -1,13 +1,13 @@
 """Which folders a report reads, and that they belong together."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from poemerge.documents import check_file, read_json
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, hash_files
+from poemerge.lineage import Lineage, Source, hash_files, sha256
 
 REPORT = "merge_report.json"  # as in poemerge.report, which imports torch
 BOARD = "leaderboard.json"
@@ -132,13 +132,17 @@ def _check_given(merged: Path, base: Path | None, experts: Mapping[str, Path]) -
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file that poemerge wrote.
+    """A JSON file as poemerge wrote it; whoever reads it need not doubt what is in it.
 
     Raises:
-        SourceError: it is missing or unreadable.
+        SourceError: it is missing or unreadable, or is not what the record beside it speaks of.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        check_file(path)
+        record = Lineage.find(path.parent)
+        if record is None or record.outputs.get(path.name) != sha256(path):
+            raise SourceError(f"{path} is not as it was written; {AGAIN}.")
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} is unreadable ({error}); {AGAIN}.") from error
 
