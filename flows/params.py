@@ -75,6 +75,9 @@ class EvaluateParams(Section):
     """What the candidates are scored on."""
 
     include: str
+    trust: list[str] = Field(
+        ["data/tasks"], description="folders whose tasks may run code (templates, `!function`)"
+    )
     tasks: list[str]  # none: what lm-eval has no task for is merged, and neither scored nor chosen
     experts: Literal["own", "all"]
     validation: str
