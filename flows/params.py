@@ -1,6 +1,6 @@
 """params.yaml as frozen models: every number of the pipeline, and nothing that is unknown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from ruamel.yaml.error import YAMLError
 
 from flows.overrides import override
 from poemerge.errors import SettingError
+from poemerge.redaction import carries_secret
 from poemerge.settings import nearest
 
 if TYPE_CHECKING:
@@ -177,6 +178,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
         SettingError: the file, a key or a value is refused; one sentence.
     """
     tree = override(read(path), overrides)
+    for text in _leaves(tree):
+        if carries_secret(text):
+            raise SettingError(
+                f"{path}: {text} holds a password, a token or a query, and parameters are recorded "
+                "with every model; leave it out, and say who you are in the environment."
+            )
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
@@ -218,6 +225,15 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise SettingError(f"{path} is no mapping of sections; see the README for its form.")
     return tree
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text in a tree of mappings and lists."""
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...] | None) -> None:

@@ -20,6 +20,7 @@ from flows.queue import turn
 from flows.selection import find_places
 from flows.sharing import share
 from flows.steps import STAGES, Step, steps
+from poemerge.redaction import guard_logs
 from tasks.dvc_store.remote import check_remote
 from tasks.progress import watched_by, watching
 
@@ -53,6 +54,7 @@ def pipeline(
     Raises:
         PoemergeError: something was refused, or took longer than it may.
     """
+    guard_logs()
     for name in OURS:  # in a worker nobody else does, and Prefect's log would lack our lines
         logging.getLogger(name).setLevel(logging.INFO)
     path = Path(params)

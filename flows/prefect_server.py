@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
-from flows.addresses import without_secret
 from poemerge.errors import SettingError
+from poemerge.redaction import redact
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def asked() -> Iterator[None]:
     Raises:
         SettingError: it cannot be reached, does not know who asks, or refused something.
     """
-    server = f"Prefect at {without_secret(PREFECT_API_URL.value() or '')}"
+    server = f"Prefect at {redact(PREFECT_API_URL.value() or '')}"
     try:
         yield
     except PrefectHTTPStatusError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from poemerge.device import device_id, pick_device
+from poemerge.redaction import redact
 
 VARIABLE = "POEMERGE_QUEUE"
 EVERY = 0.5  # seconds between two looks at who is ahead
@@ -54,7 +55,7 @@ class Ticket:
         """The ticket of this process."""
         words = (Path(w).name if w.startswith("/") else w for w in sys.orig_argv)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        command = textwrap.shorten(" ".join(words), WIDTH, placeholder=" …")
+        command = textwrap.shorten(redact(" ".join(words)), WIDTH, placeholder=" …")
         return cls(device, number, os.getpid(), command, str(Path.cwd()), since)
 
     def __str__(self) -> str:

@@ -1,8 +1,16 @@
 """One exception tree: every message is a sentence that says what, where and what to do."""
 
+from poemerge.redaction import redact
+
 
 class PoemergeError(Exception):
-    """Root of everything that poemerge refuses; the command line prints it and exits with 1."""
+    """Root of everything that poemerge refuses; the command line prints it and exits with 1.
+
+    Whatever the message quotes of a library, no password or token is in it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class SourceError(PoemergeError):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.errors import SourceError
+from poemerge.redaction import redact
 
-SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
 TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
 VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
@@ -40,7 +40,7 @@ def tracking_uri() -> str:
 
 def shown_uri() -> str:
     """The same without the name and password that it may hold."""
-    return SECRET.sub("//", tracking_uri())
+    return redact(tracking_uri())
 
 
 @contextmanager
@@ -66,18 +66,16 @@ def connected() -> Iterator[Any]:
 
 
 def _sentence(uri: str, error: Any) -> str:
-    """What MLflow refused and what to do, without the password that a URI may hold."""
+    """What MLflow refused and what to do."""
     status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else None
     if status == HTTPStatus.UNAUTHORIZED or "error code 401" in str(error):
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        text = f"MLflow at {uri} does not know who asks; {cure}."
-    elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
+        return f"MLflow at {uri} does not know who asks; {cure}."
+    if status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
-        text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
-    else:
-        reason = " ".join(str(error).partition("[SQL:")[0].split())
-        text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
-    return SECRET.sub("//", text)
+        return f"MLflow at {uri} does not allow that to {user}; ask its administrator."
+    reason = " ".join(str(error).partition("[SQL:")[0].split())
+    return f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
 
 
 @contextmanager
