@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.states import Completed
 from prefect.tasks import Task
@@ -30,7 +31,7 @@ UP_TO_DATE = "UpToDate"  # name of the Prefect state of a run that had nothing t
 logger = logging.getLogger("flows.pipeline")  # Prefect loads this file under a name of its own
 
 
-@flow(name="poemerge", persist_result=True, result_serializer="json")
+@flow(name="poemerge", persist_result=False)
 def pipeline(
     params: str = "params.yaml",
     overrides: Sequence[str] = (),
@@ -122,7 +123,10 @@ def _run_step(step: Step) -> bool:
 
 
 def _named(step: Step) -> Task[Any, bool]:
-    return step.task.with_options(task_run_name=step.name)
+    """Nothing is kept by Prefect: a stored result names its own serializer, which may be pickle."""
+    return step.task.with_options(
+        task_run_name=step.name, persist_result=False, cache_policy=NO_CACHE
+    )
 
 
 def _dvc_names(stage: str, todo: list[Step]) -> list[str]:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Self
 
 from poemerge.device import device_id, pick_device
+from poemerge.errors import SettingError
 from poemerge.redaction import redact
 
 VARIABLE = "POEMERGE_QUEUE"
 EVERY = 0.5  # seconds between two looks at who is ahead
+NUMBER = re.compile(r"\d{8,}")  # name of a ticket; anything else there is nobody's
 WIDTH = 100  # of a command, as others are shown it
 
 logger = logging.getLogger(__name__)
@@ -139,6 +142,11 @@ def _folder(device: str) -> Path:
         with suppress(FileExistsError):
             place.mkdir()
             place.chmod(0o1777)
+        if place.is_symlink():
+            message = (
+                f"{place} is a link, which others may have laid; remove it, or set {VARIABLE}."
+            )
+            raise SettingError(message)
     return folder
 
 
@@ -156,7 +164,7 @@ def _alone(folder: Path) -> Iterator[Path]:
 def _held_in(folder: Path) -> list[Ticket]:
     """Tickets with a living owner, lowest first; others are thrown away."""
     found = []
-    for path in sorted(folder.iterdir()):
+    for path in (p for p in sorted(folder.iterdir()) if NUMBER.fullmatch(p.name) and p.is_file()):
         with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

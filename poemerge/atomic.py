@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from poemerge.errors import SettingError
+
 PARTIAL = ".partial"
 
 
@@ -15,8 +17,17 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Args:
         out: final place; what stands there already is replaced only once the work is done.
+
+    Raises:
+        SettingError: a link stands there, or where the work is to be done.
     """
     partial = out.with_name(out.name + PARTIAL)
+    for place in (out, partial):
+        if place.is_symlink():
+            raise SettingError(
+                f"{place} is a link, and results are never written through one; name the folder "
+                "that it leads to, or remove the link."
+            )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -31,7 +42,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 at `path`, whole or not at all."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:  # never through what somebody else put there
+        file.write(text)
     partial.replace(path)
 
 

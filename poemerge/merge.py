@@ -20,6 +20,7 @@ from poemerge.merging.choices import Choices, Draws
 from poemerge.merging.plan import plan_merge
 from poemerge.merging.walk import Walk
 from poemerge.methods import find
+from poemerge.model_card import side_files
 from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.progress import Progress, silent
@@ -87,6 +88,7 @@ def merge_checkpoints(
         logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
     for place in outs:
         check_out(place, [base, *folders.values()], overwrite=overwrite)
+    side_files(base)  # refused before the work, not after it
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory}
     with plan_merge(base, folders, method, settings) as plan, ThreadPoolExecutor(1) as pool:
