@@ -118,7 +118,8 @@ def conclude(places: Places) -> None:
 
 
 def _inputs(params: Params, sources: Mapping[str, str]) -> Inputs:
-    items = task_digests(params.evaluate.tasks, params.evaluate.include)
+    asked = params.evaluate
+    items = task_digests(asked.tasks, asked.include, asked.trust)
     data = {f"items of {task}": content for task, content in items.items()}
     for settings in params.merge.methods.values():
         data |= curvature_hashes(settings)

@@ -21,9 +21,9 @@ from prefect.settings import PREFECT_API_URL
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.process import ProcessWorker
 
-from flows.addresses import without_secret
 from flows.params import ScheduleParams, load, read
 from poemerge.errors import SettingError, SourceError
+from poemerge.redaction import redact
 
 TEMPLATE = Path("prefect.yaml")
 
@@ -164,7 +164,7 @@ def connected() -> Iterator[SyncPrefectClient]:
     url = PREFECT_API_URL.value()
     if not url:
         raise SettingError("no Prefect server is named; set PREFECT_API_URL, or use --local.")
-    server = f"Prefect at {without_secret(url)}"
+    server = f"Prefect at {redact(url)}"
     try:
         with get_client(sync_client=True) as client:
             if unwell := client.api_healthcheck():

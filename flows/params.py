@@ -1,7 +1,7 @@
 """params.yaml as frozen models: every number of the pipeline, and nothing that is unknown."""
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flows.overrides import override, parse_yaml
 from poemerge.documents import BY_HAND, read_text
 from poemerge.errors import SettingError
+from poemerge.redaction import carries_secret
 from poemerge.settings import nearest
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class EvaluateParams(Section):
     """What the candidates are scored on."""
 
     include: str
+    trust: list[str] = Field(
+        ["data/tasks"], description="folders whose tasks may run code (templates, `!function`)"
+    )
     tasks: list[str]  # none: what lm-eval has no task for is merged, and neither scored nor chosen
     experts: Literal["own", "all"]
     validation: str
@@ -174,6 +178,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
         SettingError: the file, a key or a value is refused; one sentence.
     """
     tree = override(read(path), overrides)
+    for text in _leaves(tree):
+        if carries_secret(text):
+            raise SettingError(
+                f"{path}: {text} holds a password, a token or a query, and parameters are recorded "
+                "with every model; leave it out, and say who you are in the environment."
+            )
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
@@ -215,6 +225,15 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise SettingError(f"{path} is no mapping of sections; see the README for its form.")
     return tree
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text in a tree of mappings and lists."""
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def _check_methods(path: Path, merge: MergeParams, experts: tuple[str, ...] | None) -> None:

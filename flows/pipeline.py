@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.states import Completed
 from prefect.tasks import Task
@@ -21,6 +22,7 @@ from flows.selection import find_places
 from flows.sharing import share
 from flows.steps import STAGES, Step, steps
 from poemerge.alone import alone
+from poemerge.redaction import guard_logs
 from tasks.dvc_store.remote import check_remote
 from tasks.progress import watched_by, watching
 
@@ -30,7 +32,7 @@ UP_TO_DATE = "UpToDate"  # name of the Prefect state of a run that had nothing t
 logger = logging.getLogger("flows.pipeline")  # Prefect loads this file under a name of its own
 
 
-@flow(name="poemerge", persist_result=True, result_serializer="json")
+@flow(name="poemerge", persist_result=False)
 def pipeline(
     params: str = "params.yaml",
     overrides: Sequence[str] = (),
@@ -54,6 +56,7 @@ def pipeline(
     Raises:
         PoemergeError: something was refused, or took longer than it may.
     """
+    guard_logs()
     for name in OURS:  # in a worker nobody else does, and Prefect's log would lack our lines
         logging.getLogger(name).setLevel(logging.INFO)
     path = Path(params)
@@ -126,7 +129,10 @@ def _run_step(step: Step) -> bool:
 
 
 def _named(step: Step) -> Task[Any, bool]:
-    return step.task.with_options(task_run_name=step.name)
+    """Nothing is kept by Prefect: a stored result names its own serializer, which may be pickle."""
+    return step.task.with_options(
+        task_run_name=step.name, persist_result=False, cache_policy=NO_CACHE
+    )
 
 
 def _dvc_names(stage: str, todo: list[Step]) -> list[str]:

@@ -7,8 +7,8 @@ import httpx
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
-from flows.addresses import without_secret
 from poemerge.errors import PoemergeError, SettingError
+from poemerge.redaction import redact
 
 
 class LostError(SettingError):
@@ -23,7 +23,7 @@ def asked() -> Iterator[None]:
         SettingError: it cannot be reached, does not know who asks, or refused something.
         LostError: it went away on the way. If the run failed by itself, that error instead.
     """
-    server = f"Prefect at {without_secret(PREFECT_API_URL.value() or '')}"
+    server = f"Prefect at {redact(PREFECT_API_URL.value() or '')}"
     try:
         yield
     except PrefectHTTPStatusError as error:

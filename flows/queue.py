@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -20,9 +21,11 @@ from typing import Self
 
 from poemerge.alone import command
 from poemerge.device import device_id, pick_device
+from poemerge.errors import SettingError
 
 VARIABLE = "POEMERGE_QUEUE"
 EVERY = 0.5  # seconds between two looks at who is ahead
+NUMBER = re.compile(r"\d{8,}")  # name of a ticket; anything else there is nobody's
 
 logger = logging.getLogger(__name__)
 # What is held here already: who has a device must not wait for itself.
@@ -134,6 +137,11 @@ def _folder(device: str) -> Path:
         with suppress(FileExistsError):
             place.mkdir()
             place.chmod(0o1777)
+        if place.is_symlink():
+            message = (
+                f"{place} is a link, which others may have laid; remove it, or set {VARIABLE}."
+            )
+            raise SettingError(message)
     return folder
 
 
@@ -151,7 +159,7 @@ def _alone(folder: Path) -> Iterator[Path]:
 def _held_in(folder: Path) -> list[Ticket]:
     """Tickets with a living owner, lowest first; others are thrown away."""
     found = []
-    for path in sorted(folder.iterdir()):
+    for path in (p for p in sorted(folder.iterdir()) if NUMBER.fullmatch(p.name) and p.is_file()):
         with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

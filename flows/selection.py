@@ -1,12 +1,13 @@
 """Experts by tag: what `fetch.select` means now becomes experts named one by one."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.params import Params, SourceParams, check, load
+from flows.params import LABEL, Params, SourceParams, check, load
 from flows.places import PLAIN, Places
 from poemerge.errors import SettingError, SourceError
 from tasks.versions import SCHEME, is_ref
@@ -117,6 +118,8 @@ def select(base: str, wanted: Mapping[str, str], given: Mapping[str, str]) -> di
         if expert.base_digest != ours.digest:
             raise _of_another_base(expert, base, "select by a tag that it does not have")
         name = expert.task if tasks.count(expert.task) == 1 else expert.name
+        if not re.fullmatch(LABEL, name):  # it becomes a folder's, and whoever tagged it chose it
+            raise SettingError(f"{expert.uri} is called {name!r} in the library, which is no name.")
         if name in named or name in given:
             raise SettingError(
                 f"{expert.uri} and another expert are both called {name}; give one of them a name "

@@ -17,6 +17,7 @@ from typing import IO
 
 from poemerge.atomic import PARTIAL
 from poemerge.errors import SettingError
+from poemerge.redaction import redact
 
 LOCK = f".lock{PARTIAL}"
 WIDTH = 100  # of a command, as others are shown it
@@ -49,7 +50,7 @@ def alone(place: Path, *, patient: bool = True) -> Iterator[None]:
 def command() -> str:
     """What this process was started as, short enough to be shown to others."""
     words = (Path(w).name if w.startswith("/") else w for w in sys.orig_argv)
-    return textwrap.shorten(" ".join(words), WIDTH, placeholder=" …")
+    return textwrap.shorten(redact(" ".join(words)), WIDTH, placeholder=" …")
 
 
 def _locked(path: Path, place: Path, *, patient: bool) -> IO[bytes] | None:

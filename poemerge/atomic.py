@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from poemerge.errors import MachineError, PoemergeError
+from poemerge.errors import MachineError, PoemergeError, SettingError
 
 PARTIAL = ".partial"
 # What the disk says where the fault is not in what was asked for.
@@ -25,9 +25,16 @@ def new_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
             out, is then left to the next try; what is refused vanishes all the same.
 
     Raises:
+        SettingError: a link stands there, or where the work is to be done.
         MachineError: the disk is full, read-only or broken.
     """
     partial = _beside(out)
+    for place in (out, partial):
+        if place.is_symlink():
+            raise SettingError(
+                f"{place} is a link, and results are never written through one; name the folder "
+                "that it leads to, or remove the link."
+            )
     if not resumable:
         shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -68,8 +75,10 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 at `path`, whole or not at all."""
     partial = _beside(path)
     with disk_errors(path):
+        partial.unlink(missing_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8")
+            with partial.open("x", encoding="utf-8") as file:  # never through somebody else's link
+                file.write(text)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

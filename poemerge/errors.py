@@ -1,10 +1,18 @@
 """One exception tree: every message is a sentence that says what, where and what to do."""
 
+from poemerge.redaction import redact
+
 LONGEST = 1_000  # characters of a message
 
 
 class PoemergeError(Exception):
-    """Root of everything that poemerge refuses; the command line prints it and exits with 1."""
+    """Root of everything that poemerge refuses; the command line prints it and exits with 1.
+
+    Whatever the message quotes of a library, no password or token is in it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
     def __str__(self) -> str:
         """One line that a terminal can show, whatever names and values a file has put into it."""

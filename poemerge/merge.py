@@ -20,6 +20,7 @@ from poemerge.merging.choices import Choices, Draws
 from poemerge.merging.plan import plan_merge
 from poemerge.merging.walk import Walk
 from poemerge.methods import find
+from poemerge.model_card import side_files
 from poemerge.names import unused_name
 from poemerge.outfolder import reserved
 from poemerge.progress import Progress, silent
@@ -89,6 +90,7 @@ def merge_checkpoints(
     outs = [out, beside] if samples else [out]
     if beside.exists() and not samples:
         logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
+    side_files(base)  # refused before the work, not after it
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory}
     with (

@@ -8,6 +8,7 @@ from typing import Any
 from poemerge.atomic import write_json, write_text
 from poemerge.checkpoint import read_json
 from poemerge.lineage import RECORD, Lineage, Source
+from poemerge.names import check_link
 from poemerge.report import REPORT, MergeReport
 
 TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -38,13 +39,28 @@ everything again, and `poemerge reproduce` merges again from the sources and com
 {warnings}"""
 
 
+def side_files(base: Path) -> tuple[Path, ...]:
+    """Config, tokenizer and templates of a base, which its merges take over.
+
+    Raises:
+        SourceError: one is a link that leads out of the folder.
+    """
+    found = tuple(
+        path
+        for path in sorted(base.iterdir())
+        if path.suffix in TEXT_FILES
+        and path.name not in OWN_FILES
+        and not path.name.endswith(".index.json")
+    )
+    for path in found:
+        check_link(path)
+    return tuple(path for path in found if path.is_file())
+
+
 def copy_side_files(base: Path, folder: Path, dtype: str) -> None:
     """Copy config, tokenizer and templates; note a changed dtype in the config."""
-    for path in sorted(base.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        known = path.suffix in TEXT_FILES and path.name not in OWN_FILES and not is_index
-        if known and path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    for path in side_files(base):
+        shutil.copyfile(path, folder / path.name)
     config = read_json(folder / "config.json")
     if config and dtype != "source":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -1,6 +1,9 @@
-"""Names that do not collide."""
+"""Names that do not collide, and that lead nowhere else."""
 
 from collections.abc import Container
+from pathlib import Path, PurePosixPath
+
+from poemerge.errors import SourceError
 
 
 def unused_name(name: str, taken: Container[str]) -> str:
@@ -9,3 +12,26 @@ def unused_name(name: str, taken: Container[str]) -> str:
     while fresh in taken:
         fresh, count = f"{name}-{count}", count + 1
     return fresh
+
+
+def stays_inside(name: str) -> bool:
+    """True if a relative path that somebody else has written leads to a file below its folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def check_link(file: Path) -> None:
+    """Refuse a link that leads out of its folder: a copy would hold what the folder never did.
+
+    The hub's own cache is a folder of links to the blobs beside it; these are followed.
+
+    Raises:
+        SourceError: naming the link.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    if not target.is_relative_to(folder) and target.parent != blobs:
+        raise SourceError(
+            f"{file} is a link that leads out of its folder; copy the folder with its links "
+            "resolved (`cp -rL`) and give the copy."
+        )

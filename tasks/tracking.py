@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from poemerge.atomic import PARTIAL
 from poemerge.errors import SourceError
+from poemerge.redaction import redact
 
-SECRET = re.compile(r"//[^/@\s]*@")  # name and password in a URI
 TWICE = re.compile("IntegrityError|UniqueViolation")  # as SQLite, MySQL and PostgreSQL call it
 PARENT = "mlflow.parentRunId"  # tag
 # What its client says of a server that is not there, after all tries.
@@ -50,7 +50,7 @@ def tracking_uri() -> str:
 
 def shown_uri() -> str:
     """The same without the name and password that it may hold."""
-    return SECRET.sub("//", tracking_uri())
+    return redact(tracking_uri())
 
 
 @contextmanager
@@ -77,21 +77,19 @@ def connected() -> Iterator[Any]:
 
 
 def _sentence(uri: str, error: Any) -> str:
-    """What MLflow refused and what to do, without the password that a URI may hold."""
+    """What MLflow refused and what to do."""
     status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else None
     if status == HTTPStatus.UNAUTHORIZED or "error code 401" in str(error):
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        text = f"MLflow at {uri} does not know who asks; {cure}."
-    elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
+        return f"MLflow at {uri} does not know who asks; {cure}."
+    if status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
-        text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
-    elif away := AWAY.search(str(error)):
-        text = f"MLflow at {uri} does not answer ({away[0].lower()}); start it, or set {VARIABLE}, "
-        text += "and run the same command again: what is done by now is kept."
-    else:
-        reason = " ".join(str(error).partition("[SQL:")[0].split())
-        text = f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
-    return SECRET.sub("//", text)
+        return f"MLflow at {uri} does not allow that to {user}; ask its administrator."
+    if away := AWAY.search(str(error)):
+        how = f"MLflow at {uri} does not answer ({away[0].lower()}); start it, or set {VARIABLE}, "
+        return how + "and run the same command again: what is done by now is kept."
+    reason = " ".join(str(error).partition("[SQL:")[0].split())
+    return f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import click
 from flows.cli import library, models, operations, pipeline, promotion, queue, records
 from poemerge.atomic import disk_errors
 from poemerge.errors import PoemergeError
+from poemerge.redaction import guard_logs
 from poemerge.version import VERSION
 
 REFUSED, INTERRUPTED = 1, 3
@@ -37,6 +38,7 @@ QUIET = {
 
 def calm_down() -> None:
     """Set what the libraries read when they are first imported; what the user has set stays."""
+    guard_logs()
     gc.set_threshold(GARBAGE)
     atexit.register(gc.freeze)  # or the interpreter would look at all of them once more: 0.2 s
     for name, value in QUIET.items():

@@ -12,6 +12,7 @@ from flows.doctor.finding import Finding, problem
 from flows.doctor.packages import device, packages
 from flows.doctor.project import data, folders, git, remote
 from flows.doctor.services import hub, mlflow, prefect
+from poemerge.redaction import redact
 
 Check = Callable[[], Iterable[Finding]]
 CHECKS: Mapping[str, Check] = {
@@ -41,7 +42,7 @@ def examine(checks: Mapping[str, Check] = CHECKS, limit: float = LIMIT) -> list[
         try:
             found[name] = list(check())
         except Exception as error:  # noqa: BLE001 - whatever it is, the others' lines matter too
-            said = f"could not be looked at: {type(error).__name__}, {error}"
+            said = f"could not be looked at: {type(error).__name__}, {redact(str(error))}"
             found[name] = [problem(name, said, "mend what the message names")]
 
     threads = [Thread(target=run, args=each, daemon=True) for each in checks.items()]

@@ -10,11 +10,11 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 
-from flows.addresses import without_secret
 from flows.doctor.finding import Finding, problem, warning
 from flows.doctor.services import ask
 from flows.places import CACHE, cache
 from poemerge.errors import SettingError
+from poemerge.redaction import redact
 from tasks.dvc_store.reference import repository
 
 PATIENCE = 5.0  # seconds that git may take
@@ -80,7 +80,7 @@ def remote() -> Iterator[Finding]:
 
 def _judge(repo: Any, name: str, settings: Mapping[str, Any]) -> Finding:
     label, url = f"DVC remote {name}", str(settings.get("url", ""))
-    shown = without_secret(url)
+    shown = redact(url)
     if url.startswith(("http://", "https://")) and isinstance(answer := ask(url), str):
         return problem(label, f"{shown} {answer}", "start it, or `dvc remote modify` its url")
     try:

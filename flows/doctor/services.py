@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx
 
-from flows.addresses import without_secret
 from flows.doctor.finding import Finding, problem, warning
 from poemerge.errors import SourceError
+from poemerge.redaction import redact
 from tasks.tracking import connected, tracking_uri
 
 PATIENCE = 3.0  # seconds to connect, and again to answer
@@ -39,13 +39,12 @@ def _mlflow_server(uri: str) -> Finding:
 
 
 def _mlflow_database(uri: str) -> Finding:
-    shown = uri if uri.startswith(SQLITE) else without_secret(uri)
+    shown = redact(uri)
     try:
         with connected():
             pass
     except SourceError as error:
-        said = str(error).replace(uri, shown)
-        return problem("MLflow", said, "mend the database, or set MLFLOW_TRACKING_URI")
+        return problem("MLflow", str(error), "mend the database, or set MLFLOW_TRACKING_URI")
     file = Path(uri.removeprefix(SQLITE))
     if uri.startswith(SQLITE) and not os.access(file, os.W_OK):
         return problem("MLflow", f"{shown} is read-only", "make it writable for you")
@@ -86,7 +85,7 @@ def hub() -> Iterator[Finding]:
     token = get_token()
     answer = ask(f"{named or HUB}/api/whoami-v2", token=token)
     if isinstance(answer, httpx.Response) and answer.status_code in DENIED and not token:
-        yield Finding("hub", f"{without_secret(named or HUB)} answers, anonymously")
+        yield Finding("hub", f"{redact(named or HUB)} answers, anonymously")
         return
     who = "by HF_TOKEN" if token else "anonymously"
     found = _judge(
@@ -123,7 +122,7 @@ def _judge(
         login: what to do where that does not suffice.
         variable: that names the server.
     """
-    shown = without_secret(url)
+    shown = redact(url)
     if isinstance(answer, str):
         return problem(name, f"{shown} {answer}", f"start it, or correct {variable}")
     if answer.status_code in DENIED:

@@ -223,6 +223,11 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
         )
     if not any(base.folder.glob("tokenizer*")):
         notes.append(f"The base ({base.folder.name}) has no tokenizer; the merge has none either.")
+    if "auto_map" in base.config:
+        notes.append(
+            "The base's config.json asks for Python code of its own (auto_map); poemerge never "
+            "runs any, and whoever loads the merge with it must trust that code."
+        )
     return tuple(notes)
 
 

@@ -26,10 +26,12 @@ from dvc_data.hashfile.transfer import transfer
 from dvc_data.hashfile.tree import Tree
 
 from poemerge.errors import SettingError, SourceError
+from poemerge.names import stays_inside
 from tasks.dvc_store import SCHEME
 
 ROOT_VARIABLE = "POEMERGE_DVC_ROOT"
 OID = re.compile(r"[0-9a-f]{32}\.dir")
+FILE = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,12 @@ def _listed(cache: Any, reference: Reference) -> dict[str, HashInfo]:
         tree = Tree.load(cache, HashInfo("md5", reference.oid))
     except FileNotFoundError:
         return {}
-    return {"/".join(key): info for key, (_, info) in sorted(tree.iteritems())}
+    listed = {"/".join(key): info for key, (_, info) in sorted(tree.iteritems())}
+    for name, info in listed.items():
+        if not stays_inside(name) or not FILE.fullmatch(info.value or ""):
+            message = f"{reference.uri} lists {name!r}, which lies outside of it; do not trust it."
+            raise SourceError(message)
+    return listed
 
 
 def _pull(repo: Any, reference: Reference) -> None:

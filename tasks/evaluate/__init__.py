@@ -37,6 +37,7 @@ def evaluate(
     tasks: Sequence[str],
     splits: Sequence[str],
     include: Path | str,
+    trust: Sequence[Path | str],
     limit: int | None,
     batch_size: int,
     dtype: str,
@@ -58,8 +59,9 @@ def evaluate(
         out: folder to make.
         tasks: names of local tasks, or of tasks that are built into lm-eval (these need the hub).
         splits: of `validation` and `test`; test is the split that lm-eval scores by itself.
-        include: folder of lm-eval YAML files. They may run code (`!function`, templates): only
-            name a folder that you trust.
+        include: folder of lm-eval YAML files.
+        trust: folders whose YAML files may run code (`!function`, templates); a task from anywhere
+            else is refused.
         limit: items per task and split, from the first; None for all.
         batch_size: items per forward pass.
         dtype: in which the model computes: float32, bfloat16 or float16.
@@ -71,7 +73,8 @@ def evaluate(
         True if something was scored, False if all of it was there already.
 
     Raises:
-        SettingError: a task, split, dtype or device is unknown, or a task's files are broken.
+        SettingError: a task, split, dtype or device is unknown, or a task's files are broken or
+            not trusted.
         SourceError: the data of a built-in task cannot be loaded, or a folder is missing.
         CheckpointError: the weights do not fill the base's model, or a tokenizer is missing.
     """
@@ -81,7 +84,7 @@ def evaluate(
     weights = None if weights is None else Path(weights)
     how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
     how |= {"dtype": dtype, "device": device, "validation": validation}
-    found = find_tasks(tasks, Path(include))
+    found = find_tasks(tasks, Path(include), trust)
     models = {"base": base} if weights is None else {"base": base, "candidate": weights}
     record = replace(
         _record(models, found, candidate=candidate, kind=kind, splits=list(splits), **how),
@@ -107,7 +110,13 @@ def evaluate(
 
 
 def scoring_key(
-    base: Path, *, tasks: Sequence[str], splits: Sequence[str], include: str, **how: Any
+    base: Path,
+    *,
+    tasks: Sequence[str],
+    splits: Sequence[str],
+    include: str,
+    trust: Sequence[str],
+    **how: Any,
 ) -> str:
     """What decides the scores of a merge beside its weights: base, tasks, settings, code.
 
@@ -116,15 +125,18 @@ def scoring_key(
         tasks: as in `evaluate`.
         splits: as in `evaluate`.
         include: as in `evaluate`.
+        trust: as in `evaluate`.
         **how: the other settings of `evaluate`.
     """
-    found = find_tasks(tasks, Path(include))
+    found = find_tasks(tasks, Path(include), trust)
     return _record({"base": base}, found, splits=list(splits), **how).key
 
 
-def task_digests(tasks: Sequence[str], include: Path | str) -> dict[str, str]:
+def task_digests(
+    tasks: Sequence[str], include: Path | str, trust: Sequence[Path | str]
+) -> dict[str, str]:
     """Task → digest of all files that decide its items; of built-in ones lm-eval's version does."""
-    return {task.name: _task(task).digest for task in find_tasks(tasks, Path(include))}
+    return {task.name: _task(task).digest for task in find_tasks(tasks, Path(include), trust)}
 
 
 def _record(models: Mapping[str, Path], tasks: Sequence[TaskFiles], **params: Any) -> Lineage:

@@ -2,6 +2,7 @@
 
 import random
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval import evaluator
+from lm_eval.api.registry import METRIC_REGISTRY
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -129,25 +131,39 @@ class LoadedTask:
 def load_task(files: TaskFiles) -> LoadedTask:
     """A task with its data in memory; nothing is left in the cache of `datasets`.
 
-    This imports the modules that `!function` names: the folder of tasks is trusted.
+    This imports the modules that `!function` names: `find_tasks` saw that they are trusted.
 
     Raises:
-        SettingError: there is no such task, or its files are broken.
+        SettingError: there is no such task, or its files are broken or ask for code of a hub.
         SourceError: the data of a built-in task cannot be loaded.
     """
     path = files.yaml or _builtin(files)
     try:
         config = load_yaml(path)
+        _check_metrics(config, path)
         with TemporaryDirectory() as scratch:
             data = local_data(config, path)
             fixed = {"data_files": data, "cache_dir": scratch, "keep_in_memory": True}
             kwargs = (config.get("dataset_kwargs") or {}) | (fixed if data else {})
             loaded = TaskManager(include_defaults=False).load([config | {"dataset_kwargs": kwargs}])
+    except SettingError:
+        raise
     except Exception as error:  # lm-eval and datasets raise whatever their parts raise
         raise _refusal(files, path, error) from error
     task = loaded["tasks"][files.name]
     test = task.config.test_split or task.config.validation_split
     return LoadedTask(task, files.name, path, test)
+
+
+def _check_metrics(config: Mapping[str, Any], path: Path) -> None:
+    """What lm-eval has no metric for it would fetch from a hub, as code, and run."""
+    for asked in () if config.get("process_results") else config.get("metric_list") or ():
+        name = asked["metric"]
+        if isinstance(name, str) and (name not in METRIC_REGISTRY or asked.get("hf_evaluate")):
+            raise SettingError(
+                f"{path} asks for the metric {name}, which is code on a hub and never run here; "
+                "take one of lm-eval's own, or a `!function` beside that file."
+            )
 
 
 def _builtin(files: TaskFiles) -> Path:

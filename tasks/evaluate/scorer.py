@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from poemerge.checkpoint import read_json
 from poemerge.device import STORED, pick_device
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.progress import Progress, silent
@@ -125,6 +126,11 @@ def load_scorer(base: Path, _digest: str, dtype: str, device: str, batch_size: i
         kind = AutoModelForSeq2SeqLM if two_sided else AutoModelForCausalLM
         model = kind.from_pretrained(base, dtype=STORED[dtype], **local)
     except Exception as error:  # transformers raises whatever its parts raise
+        if "auto_map" in read_json(base / "config.json"):
+            raise CheckpointError(
+                f"{base} asks for Python code of its own (auto_map in config.json), which is never "
+                "run here; evaluate it where you trust that code."
+            ) from error
         raise CheckpointError(
             f"transformers cannot load {base} ({_first_line(error)}); repair the folder, or update "
             "transformers."

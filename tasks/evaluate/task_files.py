@@ -67,11 +67,20 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
-def find_tasks(names: Sequence[str], include: Path) -> tuple[TaskFiles, ...]:
+def find_tasks(
+    names: Sequence[str], include: Path, trust: Sequence[Path | str]
+) -> tuple[TaskFiles, ...]:
     """The named tasks in order; those that no YAML file below `include` defines are built in.
 
+    Args:
+        names: of tasks.
+        include: folder of YAML files; they are read, and nothing of them is run.
+        trust: folders that YAML files and modules of the named tasks must lie in, wherever links
+            and includes lead.
+
     Raises:
-        SettingError: the folder or a data file is missing, or a YAML file in it is broken.
+        SettingError: the folder or a data file is missing, or a YAML file in it is broken, or a
+            task lies outside of what is trusted.
     """
     if not include.is_dir():
         raise SettingError(f"{include} is not a folder; set evaluate.include to that of the tasks.")
@@ -84,6 +93,9 @@ def find_tasks(names: Sequence[str], include: Path) -> tuple[TaskFiles, ...]:
         if name in local:
             raise SettingError(f"{local[name][0]} and {path} both define {name}; rename one task.")
         local[name] = path, config, read
+    for name in names:
+        for path in local[name][2] if name in local else ():
+            _check_trusted(name, path, trust)
     return tuple(
         _task_files(name, include, *local[name])
         if name in local
@@ -112,6 +124,17 @@ def broken_line(paths: Iterable[Path]) -> str | None:
                 except ValueError as error:
                     return f"{path}, line {number}, is no JSON ({error}); correct that line."
     return None
+
+
+def _check_trusted(name: str, path: Path, trust: Sequence[Path | str]) -> None:
+    """What a task does with an item is a template, which is code, as a `!function` is."""
+    place = path.resolve()
+    if not any(place.is_relative_to(Path(folder).resolve()) for folder in trust):
+        folders = ", ".join(map(str, trust)) or "none"
+        raise SettingError(
+            f"Task {name} may run code from {place}, which is in no folder of evaluate.trust "
+            f"({folders}); read that file, then add its folder there."
+        )
 
 
 def _task_files(name: str, include: Path, path: Path, config: Any, read: list[Path]) -> TaskFiles:

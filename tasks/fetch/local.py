@@ -8,6 +8,7 @@ from pathlib import Path
 
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, digest, sha256
+from poemerge.names import check_link
 from tasks.fetch.layout import check_index, pickled, select
 from tasks.fetch.origin import Origin
 from tasks.fetch.pickles import convert
@@ -22,7 +23,7 @@ def open_folder(folder: Path) -> Origin:
     """
     names = select(str(folder), (path.name for path in folder.iterdir() if path.is_file()))
     for name in names:
-        _check_link(folder, name)
+        check_link(folder / name)
     check_index(folder, names)
     files = {name: sha256(folder / name) for name in names}
     record = Lineage.find(folder)
@@ -34,14 +35,6 @@ def open_folder(folder: Path) -> Origin:
         write=partial(_copy, folder, files),
         parent=None if record is None else asdict(record),
     )
-
-
-def _check_link(folder: Path, name: str) -> None:
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise SourceError(
-            f"{folder / name} is a link that leads out of its folder; copy the folder with its "
-            "links resolved (`cp -rL`) and give the copy."
-        )
 
 
 def _copy(source: Path, files: Mapping[str, str], folder: Path) -> None:

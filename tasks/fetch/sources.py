@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from poemerge.errors import SourceError
+from poemerge.redaction import carries_secret
 from tasks.fetch.dvc import open_content
 from tasks.fetch.gguf import open_file
 from tasks.fetch.hub import open_repository
@@ -30,6 +31,11 @@ def open_source(source: str, dtype: str) -> Origin:
     Raises:
         SourceError: the source is of no known kind, does not exist, or is refused.
     """
+    if carries_secret(source):
+        raise SourceError(
+            f"{source} holds a password, a token or a query, and sources are recorded with every "
+            "model; leave it out, and say who you are in the environment (HF_TOKEN, say)."
+        )
     parts = SCHEME.fullmatch(source)
     if parts is None:
         return open_path(Path(source), dtype)
@@ -43,7 +49,6 @@ def open_source(source: str, dtype: str) -> Origin:
         case "dvc":
             return open_content(parts["address"])
         case scheme:
-            # The address may carry a password: only the scheme is repeated.
             raise SourceError(f"A {scheme}: source cannot be fetched; give {KINDS}.")
 
 

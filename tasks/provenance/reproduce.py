@@ -1,6 +1,7 @@
 """A merge once more, from what its record says, and a comparison byte by byte."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, hash_files, sha256
+from poemerge.names import stays_inside
 from poemerge.progress import Progress, silent
 from tasks.provenance.difference import facts_of
 from tasks.provenance.model import DVC, Model, opened
@@ -20,6 +22,8 @@ from tasks.versions import SCHEME
 
 HUB = "hf://"
 CURVATURE = "curvature of "  # names the inputs that are no checkpoint
+# Of a merge that may be made again as recorded; where it goes is for the user to say.
+CHOICES = ("device", "dtype", "output", "seed", "rank", "memory")
 THREADS = re.compile(r"cpu, (\d+) threads")
 MOST_THREADS = 1024  # a record that names more is not believed
 ASKED = {  # what `merge_checkpoints` records: name → types
@@ -118,10 +122,16 @@ def _place(source: Source, found: Found, stack: ExitStack) -> Path:
     if folder is not None and hash_files(folder) == dict(source.files):
         return folder
     scratch = Path(stack.enter_context(TemporaryDirectory()))
-    linked = scratch / (folder.resolve() if folder else Path(source.name)).name
-    for name in source.files:
+    linked = scratch / (
+        folder.resolve().name if folder else Path(source.name).name.strip(".") or "base"
+    )
+    linked.mkdir()
+    for name, path in ((name, found.files[name]) for name in source.files if stays_inside(name)):
         (linked / name).parent.mkdir(parents=True, exist_ok=True)
-        (linked / name).symlink_to(found.files[name].resolve())
+        if name.endswith(".safetensors"):
+            (linked / name).symlink_to(path.resolve())
+        else:  # what a merge takes over may be no link
+            shutil.copyfile(path, linked / name)
     return linked
 
 
@@ -156,8 +166,8 @@ def _merge(record: Lineage, folders: Mapping[str, Path], out: Path, progress: Pr
     names = [source.name for source in record.inputs]
     curvature = {n.removeprefix(CURVATURE): folders[n] for n in names if n.startswith(CURVATURE)}
     experts = {n: folders[n] for n in names[1:] if not n.startswith(CURVATURE)}
-    params = dict(record.params)
-    method, settings = params.pop("method"), dict(params.pop("settings"))
+    params = {key: record.params[key] for key in CHOICES if key in record.params}
+    method, settings = record.params["method"], dict(record.params["settings"])
     if curvature:
         settings["curvature"] = {name: str(path) for name, path in curvature.items()}
     if THREADS.fullmatch(record.device):

@@ -1,7 +1,7 @@
 """Sources of a record, looked for where they may be, and compared with what it says of them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Literal
 
 from poemerge.errors import PoemergeError
 from poemerge.lineage import Lineage, Source, sha256
+from poemerge.names import stays_inside
 from poemerge.statement import GIT
 from tasks.provenance.model import DVC, opened
 from tasks.provenance.shelves import Shelves
@@ -69,7 +70,7 @@ class Found:
     Attributes:
         check: of its files.
         place: text for what lies in no folder.
-        files: all that is there, by relative path.
+        files: those of the source's that are there, by relative path.
     """
 
     check: Check
@@ -138,13 +139,15 @@ class Search:
         """Places that are as good as one another; the next are asked where these hold nothing."""
         given = self.reach.given.get("/".join(role))
         if given is not None:
-            yield [(given, _listed(given))]
+            yield [(given, _listed(given, source.files))]
             return
-        shelved: list[Place] = [(p, _listed(p)) for p in self.shelves.claiming(source.digest)]
+        shelved: list[Place] = [
+            (p, _listed(p, source.files)) for p in self.shelves.claiming(source.digest)
+        ]
         if source.parent and source.parent["stage"] == "fetch":  # its address is the original's
             yield shelved
         yield list(self._addressed(source))
-        yield [*shelved, *((path, _listed(path)) for path in copies)]
+        yield [*shelved, *((path, _listed(path, source.files)) for path in copies)]
 
     def _addressed(self, source: Source) -> Iterator[Place]:
         """What its address leads to, if that can be followed without a download from a hub."""
@@ -158,24 +161,25 @@ class Search:
         elif source.uri:
             path = self.reach.locate(source.uri)
             if path is not None and path.exists():
-                yield path, _listed(path)
+                yield path, _listed(path, source.files)
 
 
 def found_at(
     source: Source, role: tuple[str, ...], place: Path | str, files: Files | None = None
 ) -> Found:
     """What a place has of a source."""
-    files = _listed(Path(place)) if files is None else files
+    files = _listed(Path(place), source.files) if files is None else files
     states = dict(compare(source.files, files))
     where = "" if set(states.values()) == {"missing"} else str(place)
     address = " @ ".join(filter(None, (source.uri, source.revision))) or NOWHERE
     return Found(Check(role, address, where, states), place, files)
 
 
-def _listed(path: Path) -> Files:
+def _listed(path: Path, names: Iterable[str]) -> Files:
+    """Those of the names that are there. An address may be any folder of this machine, even `/`."""
     if path.is_file():
         return {path.name: path}
-    return {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    return {name: path / name for name in names if stays_inside(name) and (path / name).is_file()}
 
 
 def compare(stated: Mapping[str, str], files: Files) -> Iterator[tuple[str, State]]:

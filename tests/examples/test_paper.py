@@ -421,7 +421,7 @@ def local_glue(folder: Path) -> Path:
 def test_prompts_and_answers_are_those_of_training(name: str, tmp_path: Path) -> None:
     shipped = yaml.safe_load((ROOT / "tasks/answer.yaml").read_text())
     assert (shipped["dataset_path"], shipped["test_split"]) == ("nyu-mll/glue", "validation")
-    (found,) = find_tasks([name], local_glue(tmp_path / "tasks"))
+    (found,) = find_tasks([name], folder := local_glue(tmp_path / "tasks"), [folder])
     loaded, (_, prompt, answers) = load_task(found), PROMPTS[name]
     assert loaded.test == ("validation_matched" if name == "mnli" else "validation")
     docs = list(loaded.task.dataset["train"])
@@ -450,6 +450,7 @@ def test_generated_answers_are_scored(tmp_path: Path) -> None:
     base, out = says_no(tmp_path / "base"), tmp_path / "out"
     params = load(ROOT / FILES[0]).evaluate.model_dump(exclude={"experts"}) | {
         "include": local_glue(tmp_path / "tasks"),
+        "trust": [tmp_path / "tasks"],
         "device": "cpu",
     }
     evaluate.fn("base", "base", base, None, out, splits=["validation", "test"], **params)

@@ -33,7 +33,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from ruamel.yaml import YAML
 
-from flows.addresses import without_secret
 from flows.cli import QUIET, main
 from flows.deploy import Deployment
 from flows.doctor.services import prefect
@@ -376,12 +375,6 @@ def test_prefect_yaml_agrees_with_the_rest_of_the_house() -> None:
     schedule = safe.load(ROOT / "params.yaml")["schedule"]
     assert template["schedules"] == [{key: schedule[key] for key in ("cron", "timezone")}]
     assert template["work_pool"]["job_variables"]["env"].items() <= QUIET.items()
-
-
-def test_secrets_in_addresses_are_not_shown() -> None:
-    assert without_secret("https://u:p@host:1/api?k=v#x") == "https://host:1/api?…"
-    assert without_secret("postgresql://u:p@host/mlflow") == "postgresql://host/mlflow"
-    assert without_secret("/srv/remote") == "/srv/remote"
 
 
 def engines(pid: int) -> list[psutil.Process]:

@@ -110,7 +110,7 @@ def outcomes_of(folder: Path, merged: Path) -> dict[str, Any]:
     include = folder / "data/tasks"
     evaluate.fn(
         "it", "merge", folder / "data/base", merged, out, tasks=TASKS, include=include,
-        **how, **splits,
+        trust=[include], **how, **splits,
     )  # fmt: skip
     return json.loads((out / "items.json").read_text())
 

