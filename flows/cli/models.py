@@ -182,6 +182,6 @@ def check(
 
     start_logging()
     where = pick_device(device)
-    folders = resolve(base, experts, wanted)
+    folders = resolve(base, experts, wanted, hashed=False)
     with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
         show_plan(plan, where, in_bytes(memory), estimate_seconds(plan, where))
