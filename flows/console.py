@@ -165,6 +165,7 @@ def show_plan(plan: "Plan", device: Any, budget: int | None, seconds: float) -> 
         f"peak memory about {plan.peak_bytes(device, budget) / 1e9:.2f} GB; reads "
         f"{plan.read_bytes / 1e9:.2f} GB; about {seconds:.0f} s on this machine"
     )
+    console.print("planned from headers: whether all values are finite shows in the merge")
 
 
 def _by_shape(groups: "Sequence[Group]") -> "dict[tuple[str, str], list[Group]]":

@@ -5,7 +5,6 @@ import math
 import os
 import reprlib
 import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from poemerge import documents
 from poemerge.errors import CheckpointError, SourceError
+from poemerge.handles import Handle
 from poemerge.layout import INDEX, SINGLE
 
 DTYPES = {
@@ -81,9 +81,8 @@ class TensorFiles:
     def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        self._open: dict[str, int] = {}  # file → descriptor
+        self._handles: dict[str, Handle] = {}
         self._starts: dict[str, int] = {}  # tensor → where its bytes begin
-        self._close = weakref.finalize(self, _close_all, self._open)
         for file in files:
             self._add(file)
         self.tensors = dict(sorted(self.tensors.items()))
@@ -93,8 +92,9 @@ class TensorFiles:
         with _open(path) as header:
             names = header.keys()
             self.tensors |= {name: _info(path, name, header.get_slice(name)) for name in names}
-        self._open[file] = os.open(path, os.O_RDONLY)
-        self._starts |= _starts(self._open[file])
+        self._handles[file] = Handle(path)
+        with self._handles[file].descriptor() as descriptor:
+            self._starts |= _starts(descriptor)
 
     def read(self, name: str, rows: Rows | None = None, *, pinned: bool = False) -> Tensor:
         """One tensor, or some of its rows, in its stored dtype, on the CPU.
@@ -117,11 +117,12 @@ class TensorFiles:
             memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else b""
         )
         done = 0
-        while done < len(target):
-            count = os.preadv(self._open[info.file], [target[done:]], start + done)
-            if count == 0:
-                raise CheckpointError(f"{self.folder / info.file} has shrunk; fetch it again.")
-            done += count
+        with self._handles[info.file].descriptor() as descriptor:
+            while done < len(target):
+                count = os.preadv(descriptor, [target[done:]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.folder / info.file} has shrunk; fetch it again.")
+                done += count
         return tensor
 
     def same(self, one: TensorInfo, other: TensorInfo) -> bool:
@@ -134,7 +135,8 @@ class TensorFiles:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._close()
+        for handle in self._handles.values():
+            handle.close()
 
     def __enter__(self) -> Self:
         return self
@@ -259,11 +261,6 @@ def _check_inside(folder: Path, file: str) -> None:
     except (OSError, ValueError) as error:
         message = f"{folder / file} is missing (named in {INDEX}); fetch it again."
         raise CheckpointError(message) from error
-
-
-def _close_all(descriptors: Mapping[str, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
 
 
 def _open(path: Path) -> Any:

@@ -13,13 +13,12 @@ import os
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, Self
 
 from poemerge import documents
@@ -78,16 +77,15 @@ _BUSY: defaultdict[tuple[str, int, int, int], Lock] = defaultdict(Lock)
 def hash_ahead(folders: Iterable[Path]) -> None:
     """Begin to hash what will be asked for, in the background; an error shows when it is."""
 
-    def hash_quietly(path: Path) -> None:
-        with suppress(OSError):
-            sha256(path)
+    def hash_all() -> None:
+        for path in files:
+            with suppress(OSError):
+                sha256(path)
 
     found = (path for folder in folders for path in folder.rglob("*.safetensors"))
-    files = [path for path in found if path.is_file()]
-    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash-ahead")
-    for path in files:
-        pool.submit(hash_quietly, path)
-    pool.shutdown(wait=False)
+    files = iter([path for path in found if path.is_file()])
+    for _ in range(2):  # daemons: who is refused does not wait for hashes that nobody wants
+        Thread(target=hash_all, name="hash-ahead", daemon=True).start()
 
 
 @cache

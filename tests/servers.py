@@ -45,7 +45,7 @@ def prefect_server(folder: Path) -> Iterator[str]:
 @contextmanager
 def running(
     command: list[str], log: Path, environment: Mapping[str, str], health: str
-) -> Iterator[None]:
+) -> Iterator["subprocess.Popen[bytes]"]:
     """A server that writes into `log`, in whose folder it works, from its first answer on."""
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -58,7 +58,7 @@ def running(
         )
     try:
         _wait(health, process, log)
-        yield
+        yield process
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)

@@ -184,7 +184,7 @@ def check(
 
     start_logging()
     where = pick_device(device)
-    folders = resolve(base, experts, wanted)
+    folders = resolve(base, experts, wanted, hashed=False)
     with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
         alone = Schedule.balanced(jobs(plan), Rates.measured(where), workers=1)
         show_plan(plan, where, in_bytes(memory), alone.seconds)

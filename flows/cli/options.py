@@ -96,13 +96,16 @@ def named(experts: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, Path]:
+def resolve(
+    base: str, experts: Sequence[str], wanted: Sequence[str] = (), *, hashed: bool = True
+) -> dict[str, Path]:
     """Name → folder that the core can read, the base first; what is no such folder is fetched.
 
     Args:
         base: SRC.
         experts: `[NAME=]SRC` each.
         wanted: `tag=value` that experts of the library have, all of them.
+        hashed: False where nobody will ask for the hashes of these folders.
     """
     from poemerge.lineage import hash_ahead
 
@@ -115,7 +118,8 @@ def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> di
     if wanted:
         sources |= select(base, parse_tags(wanted), sources)
     folders = {name: local_folder(source) for name, source in sources.items()}
-    hash_ahead(folders.values())
+    if hashed:
+        hash_ahead(folders.values())
     return folders
 
 

@@ -22,11 +22,9 @@ from tasks.versions import SCHEME
 
 HUB = "hf://"
 CURVATURE = "curvature of "  # names the inputs that are no checkpoint
-# Of a merge that may be made again as recorded; where it goes is for the user to say.
-CHOICES = ("device", "dtype", "output", "seed", "rank", "memory")
 THREADS = re.compile(r"cpu, (\d+) threads")
 MOST_THREADS = 1024  # a record that names more is not believed
-ASKED = {  # what `merge_checkpoints` records: name → types
+ASKED = {  # what a record may ask for, name → types; where it goes is for the user to say
     "method": (str,),
     "settings": (dict,),
     "device": (str,),
@@ -166,8 +164,8 @@ def _merge(record: Lineage, folders: Mapping[str, Path], out: Path, progress: Pr
     names = [source.name for source in record.inputs]
     curvature = {n.removeprefix(CURVATURE): folders[n] for n in names if n.startswith(CURVATURE)}
     experts = {n: folders[n] for n in names[1:] if not n.startswith(CURVATURE)}
-    params = {key: record.params[key] for key in CHOICES if key in record.params}
-    method, settings = record.params["method"], dict(record.params["settings"])
+    params = dict(record.params)
+    method, settings = params.pop("method"), dict(params.pop("settings"))
     if curvature:
         settings["curvature"] = {name: str(path) for name, path in curvature.items()}
     if THREADS.fullmatch(record.device):

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+MOST = 24  # kinds of matrices that are told apart: each gets a panel
 _LAYER = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)\.(?P<rest>.+)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # The order in which a transformer computes; modules of other names follow.
 USUAL = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -13,7 +15,7 @@ Key = tuple[str, str]  # the stack of layers, and the rest of a name in it
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix that every layer of a stack has.
+    """A matrix that every layer of a stack has, or several of one kind.
 
     Attributes:
         module: its name in the layer, as short as leaves it unlike all others.
@@ -30,9 +32,17 @@ def natural(name: str) -> tuple[str | int, ...]:
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
-    """Tensor name → place, module by module; what stands in no layer is left out."""
+    """Tensor name → place, module by module; what stands in no layer is left out.
+
+    Where there are many modules, those that a number alone tells apart are one, as are the experts
+    of a mixture; where there are still many, all are.
+    """
     found = {name: match for name in names if (match := _LAYER.fullmatch(name))}
     keys = {name: _key(match) for name, match in found.items()}
+    if len(set(keys.values())) > MOST:
+        keys = {name: (stack, _NUMBER.sub("*", rest)) for name, (stack, rest) in keys.items()}
+    if len(set(keys.values())) > MOST:
+        keys = dict.fromkeys(keys, ("", "all"))
     short = _shortest(sorted(set(keys.values())))
     placed = {name: Place(short[keys[name]], int(found[name]["layer"])) for name in found}
     order = {module: index for index, module in enumerate(USUAL)}

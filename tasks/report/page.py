@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tasks.report.figures.style import DARK, LIGHT, THEMES, Theme, png, themed
 
+MOST_ROWS = 400  # of a table
 Cell = str | float | None  # numbers are shown as their column says, and sorted as numbers
 
 
@@ -50,12 +51,24 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; long ones are folded away."""
+    """Rows of cells; long ones are folded away, and very long ones cut: a browser would freeze."""
 
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     folded: bool = False
+
+    @property
+    def shown(self) -> Sequence[Sequence[Cell]]:
+        """The rows that the page has."""
+        return self.rows[:MOST_ROWS]
+
+    @property
+    def title(self) -> str:
+        """The caption, and what is left out."""
+        if len(self.rows) <= MOST_ROWS:
+            return self.caption
+        return f"{self.caption}: the first {MOST_ROWS} of {len(self.rows)}, all in report.json"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What varies over the depth of the model: one panel a module, layers in order along the x axis."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,9 +39,9 @@ def lines(
     colours = theme.of(list(numbers.merges))
     modules = _modules(numbers, set().union(*series.values()))
     figure, axes = panels(len(modules), HEIGHT, sharex=True, sharey=True)
-    for axis, module in zip(axes, modules, strict=True):
+    for axis, (module, names) in zip(axes, modules.items(), strict=True):
         for index, (name, values) in enumerate(series.items()):
-            layers, heights = _line(numbers, values, module)
+            layers, heights = _line(numbers, values, names)
             axis.plot(
                 layers,
                 heights,
@@ -51,7 +52,7 @@ def lines(
                 markersize=3.5,
                 markevery=(index, max(1, len(layers) // 4)),  # few, and not above one another
             )
-        _fill(axis, [_line(numbers, each, module) for each in band], theme)
+        _fill(axis, [_line(numbers, each, names) for each in band], theme)
         for level in (marks or {}).values():
             axis.axhline(level, color=theme.faint, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         _dress(axis, module)
@@ -72,12 +73,13 @@ def shares(numbers: Numbers, merge: Merge, theme: Theme) -> Figure:
     modules = _modules(numbers, set(weights))
     figure, axes = panels(len(modules), 0.4 + 0.14 * len(merge.experts), sharey=True)
     top = max(max(by.values()) for by in weights.values())
-    for axis, module in zip(axes, modules, strict=True):
-        names = [n for n, p in numbers.places.items() if p.module == module and n in weights]
-        cells = np.array([[weights[n].get(e, np.nan) for n in names] for e in merge.experts])
-        edges = _edges([numbers.places[n].layer for n in names])
-        rows = np.arange(len(merge.experts) + 1) - 0.5
-        image = axis.pcolormesh(edges, rows, cells, cmap=theme.sequential, vmin=0, vmax=top)
+    for axis, (module, names) in zip(axes, modules.items(), strict=True):
+        rows = [{n: weights[n].get(e, np.nan) for n in names} for e in merge.experts]
+        means = [_means(numbers, row) for row in rows]
+        cells = np.array([values for _, values in means])
+        edges = _edges(means[0][0])
+        sides = np.arange(len(merge.experts) + 1) - 0.5
+        image = axis.pcolormesh(edges, sides, cells, cmap=theme.sequential, vmin=0, vmax=top)
         axis.set_yticks(range(len(merge.experts)), merge.experts)
         axis.tick_params(axis="y", length=0)
         axis.spines[:].set_visible(False)
@@ -90,15 +92,26 @@ def shares(numbers: Numbers, merge: Merge, theme: Theme) -> Figure:
     return figure
 
 
-def _modules(numbers: Numbers, names: set[str]) -> list[str]:
-    places = numbers.places.items()
-    return list(dict.fromkeys(place.module for name, place in places if name in names))
+def _modules(numbers: Numbers, names: set[str]) -> dict[str, list[str]]:
+    """Module → its matrices among `names`, layer by layer."""
+    modules: dict[str, list[str]] = {}
+    for name, place in numbers.places.items():
+        if name in names:
+            modules.setdefault(place.module, []).append(name)
+    return modules
 
 
-def _line(numbers: Numbers, values: Values, module: str) -> Line:
-    places = numbers.places
-    names = [n for n, place in places.items() if place.module == module and values.get(n, 0) > 0]
-    return [places[n].layer for n in names], [values[n] for n in names]
+def _line(numbers: Numbers, values: Values, names: Sequence[str]) -> Line:
+    """What is positive, layer by layer."""
+    return _means(numbers, {name: values[name] for name in names if values.get(name, 0) > 0})
+
+
+def _means(numbers: Numbers, values: Values) -> Line:
+    """Layer by layer; the mean where one has several matrices of the kind."""
+    at: dict[int, list[float]] = {}
+    for name, value in values.items():
+        at.setdefault(numbers.places[name].layer, []).append(value)
+    return list(at), [fmean(heights) for heights in at.values()]
 
 
 def _fill(axis: Axes, band: Sequence[Line], theme: Theme) -> None:
