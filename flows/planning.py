@@ -118,6 +118,7 @@ class Outlook:
         Raises:
             SettingError: the largest tensor group does not fit in `memory`.
         """
+        plan = plan.fitted(pick_device(device), in_bytes(memory))
         todo = jobs(plan)
         counts = sorted({workers, *(2**i for i in range(workers.bit_length()))})
         schedules = {

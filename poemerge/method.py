@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from poemerge.settings import Settings
-from poemerge.task_vector import Stack, Update
+from poemerge.task_vector import Update
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Work:
     bytes: int
 
 
-Rule = Callable[[Stack, Any, Call], Merged]
+Rule = Callable[[Any, Any, Call], Merged]  # a Stack; a StreamedStack where settings stream
 Trait = Callable[[Any], bool]  # of a method, given its settings
 Prepare = Callable[[Tensor, Any], Tensor]  # whole update (it may be spoilt), settings → a number
 Effort = Callable[[Matrix], Work]

@@ -326,6 +326,15 @@ class StreamedStack:
         """The same in fp64."""
         return replace(self, dtype=torch.float64)
 
+    def to(self, device: torch.device) -> "StreamedStack":
+        """The same elsewhere."""
+        return replace(self, read=lambda index: self.read(index).to(device))
+
+    def part(self, index: int) -> "StreamedStack":
+        """The stack of the one matrix that there is."""
+        assert index == 0
+        return self
+
     def each(self) -> Iterator[Tensor]:
         """E updates (O, I), one after the other."""
         return (self.read(index).to(self.dtype) for index in range(self.count))

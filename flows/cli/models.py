@@ -185,7 +185,8 @@ def check(
     start_logging()
     where = pick_device(device)
     folders = resolve(base, experts, wanted, hashed=False)
-    with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
+    with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as made:
+        plan = made.fitted(where, in_bytes(memory))
         alone = Schedule.balanced(jobs(plan), Rates.measured(where), workers=1)
         show_plan(plan, where, in_bytes(memory), alone.seconds)
 

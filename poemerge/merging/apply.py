@@ -16,9 +16,10 @@ from poemerge.merging.plan import Plan
 from poemerge.method import Call, Merged, Method, Posterior, Sampling
 from poemerge.methods import find
 from poemerge.rules import AVERAGE, VOCABULARY
-from poemerge.task_vector import Dense, LowRank, Stack, Update
+from poemerge.task_vector import Dense, LowRank, Stack, StreamedStack, Update
 
 CPU = torch.device("cpu")
+Stacked = Stack | StreamedStack
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Applier:
             merged = _join(parts)
         return merged
 
-    def _alone(self, batch: Batch, stack: Stack, call: Call, index: int) -> Merged:
+    def _alone(self, batch: Batch, stack: Stacked, call: Call, index: int) -> Merged:
         """One tensor of a batch that did not fit as a whole: on the GPU, else on the CPU."""
         own = replace(batch, tensors=batch.tensors[index : index + 1])
         part, given = stack.part(index), _part_of(call, index)
@@ -70,7 +71,7 @@ class Applier:
                 merged = self._apply(own, part.to(CPU), _moved(given, CPU))
         return merged
 
-    def _fitting(self, batch: Batch, stack: Stack, call: Call) -> Merged | None:
+    def _fitting(self, batch: Batch, stack: Stacked, call: Call) -> Merged | None:
         """None where memory does not suffice."""
         try:
             return self._apply(batch, stack, call)
@@ -80,7 +81,7 @@ class Applier:
         torch.cuda.empty_cache()
         return None
 
-    def _apply(self, batch: Batch, stack: Stack, call: Call) -> Merged:
+    def _apply(self, batch: Batch, stack: Stacked, call: Call) -> Merged:
         method, settings = self._method(batch)
         try:
             return method.merge(stack, settings, call)

@@ -11,6 +11,7 @@ from poemerge.poe.solver import SMALL
 from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
 
 STEPS = 8  # reweightings that a heavy-tailed solve is counted with
+PASSES_AROUND = 4  # over experts that come one by one, beside two a step
 PASSES = 12  # over an update, by an elementwise method
 
 
@@ -49,7 +50,8 @@ def cost_of(group: Group, plan: Plan) -> Cost:
     if group.rule == TIED:
         return Cost()
     size = sum(info.bytes for info in group.tensors)
-    read = size + sum(_stored(info, group, plan) for info in group.tensors)
+    stored = sum(_stored(info, group, plan) for info in group.tensors)
+    read = size + stored * (PASSES_AROUND + 2 * _steps(plan) if group.streamed else 1)
     flops, traffic = _flops(group, plan), len(group.tensors) * _traffic(group, plan)
     if _is_exact(group, plan):
         return Cost(read, size, double=flops, traffic=traffic)
@@ -93,8 +95,14 @@ def _product_flops(group: Group, plan: Plan) -> float:
         factor = 4.0 * (rows + columns) * rank**2 + 2.0 * rows * columns * rank
         side, other = min(side, rank), min(other, rank)
     forms = 4.0 * len(group.voters) * side**2 * other
-    steps = STEPS if hasattr(plan.settings, "max_steps") else 1
+    steps = _steps(plan)
+    if group.streamed:
+        forms *= PASSES_AROUND + 2 * steps
     return factor + forms + steps * (4.0 * side**2 * other + side**3 / 3)
+
+
+def _steps(plan: Plan) -> int:
+    return STEPS if hasattr(plan.settings, "max_steps") else 1
 
 
 def _traffic(group: Group, plan: Plan) -> float:

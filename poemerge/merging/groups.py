@@ -20,6 +20,7 @@ class Group:
     tensors: tuple[TensorInfo, ...]  # all in one file
     cut: Cut | None = None
     curvature: int = 0  # entries of a voter's curvature
+    streamed: bool = False  # True if the experts come one by one, since they do not fit together
 
     @property
     def file(self) -> str:

@@ -14,7 +14,7 @@ from poemerge.merging.groups import Batch
 from poemerge.merging.memory import shortages
 from poemerge.merging.plan import Plan
 from poemerge.rules import COPY
-from poemerge.task_vector import DenseStack, LowRank, LowRankStack, Stack
+from poemerge.task_vector import DenseStack, LowRank, LowRankStack, Stack, StreamedStack
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ class Loaded:
     """
 
     base: Tensor | tuple[Tensor, ...]
-    stack: Stack | None = None
+    stack: Stack | StreamedStack | None = None
     squares: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     curvature: Tensor | None = None
     prepared: Tensor | None = None
@@ -104,8 +104,10 @@ class Loader:
         wanted = self.with_base or not batch.group.in_factors
         base = self._read_base(batch) if wanted else torch.empty(0, device=self.device)
         experts = [self.plan.experts[i] for i in batch.group.voters]
-        stack: Stack
-        if batch.group.in_factors:
+        stack: Stack | StreamedStack
+        if batch.group.streamed:
+            stack, squares = self._one_by_one(batch, experts, base)
+        elif batch.group.in_factors:
             stack, squares = self._factors(batch, experts)
         else:
             stack, squares = self._dense(batch, experts, base)
@@ -137,6 +139,21 @@ class Loader:
         for (b, info), (e, expert) in product(enumerate(batch.tensors), enumerate(experts)):
             expert.fill(info, base[b], deltas[b, e], batch.rows)
         return DenseStack(deltas), linalg.square_norm(deltas.reshape(*shape[:2], -1))
+
+    def _one_by_one(
+        self, batch: Batch, experts: list[Expert], base: Tensor
+    ) -> tuple[StreamedStack, Tensor]:
+        """Experts that are read whenever they are needed, over the base that stays."""
+        (info,) = batch.tensors
+
+        def read(index: int) -> Tensor:
+            update = torch.empty_like(base[0])
+            experts[index].fill(info, base[0], update, None)
+            return update
+
+        stack = StreamedStack(read, len(experts), (info.shape[0], info.shape[1]))
+        squares = [linalg.square_norm(update.flatten()) for update in stack.each()]
+        return stack, torch.stack(squares).unsqueeze(0)
 
     def _factors(self, batch: Batch, experts: list[Expert]) -> tuple[LowRankStack, Tensor]:
         columns = [[expert.factors(info) for info in batch.tensors] for expert in experts]
@@ -183,17 +200,20 @@ def _tensors(loaded: Loaded) -> list[Tensor]:
     return [loaded.base, *parts, *(tensor for tensor in rest if tensor is not None)]
 
 
-def _blame(batch: Batch, experts: list[Expert], stack: Stack) -> None:
+def _blame(batch: Batch, experts: list[Expert], stack: Stack | StreamedStack) -> None:
     """Name the expert whose values are not finite; huge ones may only seem so."""
     for b, info in enumerate(batch.tensors):
         for e, expert in enumerate(experts):
             where = f"expert {expert.name!r} ({expert.folder})"
-            if isinstance(stack, DenseStack):
+            if isinstance(stack, StreamedStack):
+                check_finite(stack.read(e), info.name, where)
+            elif isinstance(stack, DenseStack):
                 check_finite(stack.deltas[b, e], info.name, where)
             else:
                 check_finite(stack.ups[e][b], info.name, where)
                 check_finite(stack.downs[e][b], info.name, where)
-    if any(not is_finite(tensor) for tensor in [stack.dense()]):
+    each = stack.each() if isinstance(stack, StreamedStack) else [stack.dense()]
+    if any(not is_finite(tensor) for tensor in each):
         raise CheckpointError(
             f"{batch.tensors[0].name} has updates beyond the range of fp32; scale them down."
         )

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from poemerge.settings import Settings
 OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
 LIMITS = {"cpu": 32 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
 SHARE = 16  # of a GPU's memory that one loaded batch takes at most; solving it takes the rest
+ROOM = {"cpu": 16 << 30, "cuda": 1 << 40}  # for one tensor, the experts together; else one by one
 SLICE = 16 << 20  # likewise of rows that are merged apart, on a CPU: they stay in its caches
 SMALLEST = 1 << 20  # of a batch, however tight the budget
 SAFE_RIDGE = 1e-3  # relative; above it fp32 suffices, so that no matrix is solved twice
@@ -59,6 +61,33 @@ def fit(
         f"{least / 1e9:.2f} GB; allow that much, or choose a method that merges rows apart "
         "(average, task_arithmetic, ties)."
     )
+
+
+def streamed(
+    groups: Sequence[Group],
+    method: Method,
+    settings: Settings,
+    device: torch.device,
+    budget: int | None,
+) -> tuple[Group, ...]:
+    """The groups, with those marked whose experts do not fit together and may come one by one."""
+    room = ROOM[device.type] if budget is None else budget - OVERHEAD
+    if device.type == "cuda" and budget is None:
+        room = min(room, torch.cuda.get_device_properties(device).total_memory * 3 // 4)
+
+    def mark(group: Group) -> Group:
+        if not _may_stream(group, settings):
+            return group
+        first = next(group.batches(SMALLEST, local=False))
+        return replace(group, streamed=_batch_peak(first, method, settings, 0) > room)
+
+    return tuple(map(mark, groups))
+
+
+def _may_stream(group: Group, settings: Settings) -> bool:
+    dense = bool(group.voters) and all(rank is None for rank in group.ranks)
+    solved = group.rule in {MATRIX, VOCABULARY} and group.cut is None
+    return dense and solved and getattr(settings, "streams", False)
 
 
 def peak_bytes(
@@ -123,6 +152,8 @@ def _batch_peak(batch: Batch, method: Method, settings: Settings, ahead: int) ->
     written = (BEHIND + 1) * (4 * part.size + raw)
     if part.rule == COPY:
         return count * 2 * raw + written
+    if part.streamed:
+        return _streamed_bytes(part, settings) + raw + written
     loaded = count * part.loaded_bytes + ahead + raw
     if batch.rows is not None and method.prepare is not None:
         whole = batch.group.size // max(1, part.size)
@@ -164,6 +195,13 @@ def _product_bytes(group: Group, count: int, settings: Settings) -> int:
     relative = getattr(settings, "ridge_mode", "") == "relative"
     is_safe = relative and getattr(settings, "ridge", 0.0) >= SAFE_RIDGE
     return count * solved(4) if is_safe else max(count * solved(4), exact)
+
+
+def _streamed_bytes(group: Group, settings: Settings) -> int:
+    """The base and one expert; a system in fp64 with its right-hand side, and a few modes."""
+    feature = group.rule == VOCABULARY or getattr(settings, "acts_on", "output") == "input"
+    rows = group.shape[feature]
+    return 4 * 4 * group.size + 8 * (6 * group.size + 6 * rows**2)
 
 
 def _posterior_bytes(batch: Batch) -> int:

@@ -18,7 +18,7 @@ from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import Expert, open_expert
 from poemerge.merging.cuts import check_cuts, cut_for
 from poemerge.merging.groups import Group
-from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes
+from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes, streamed
 from poemerge.method import Method
 from poemerge.methods import find
 from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, rule_for
@@ -53,6 +53,16 @@ class Plan:
         )
         return sum(t.bytes for t in self.base.tensors.values()) + sum(sizes)
 
+    def fitted(self, device: torch.device, budget: int | None = None) -> Self:
+        """The same where experts come one by one that do not fit together.
+
+        Args:
+            device: where to solve.
+            budget: of memory, in bytes, or None for what is usual.
+        """
+        groups = streamed(self.groups, self.method, self.settings, device, budget)
+        return replace(self, groups=groups)
+
     def limit(
         self, device: torch.device, budget: int | None = None, *, sampled: bool = False
     ) -> int:
@@ -73,7 +83,8 @@ class Plan:
 
     def peak_bytes(self, device: torch.device = CPU, budget: int | None = None) -> int:
         """Estimate of the largest resident memory, whole process."""
-        return peak_bytes(self.groups, self.method, self.settings, self.limit(device, budget))
+        plan = self.fitted(device, budget)
+        return peak_bytes(plan.groups, self.method, self.settings, plan.limit(device, budget))
 
     def close(self) -> None:
         """Let go of all files."""

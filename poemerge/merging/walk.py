@@ -39,8 +39,10 @@ class Walk:
 
     def __init__(self, plan: Plan, choices: Choices, progress: Progress) -> None:
         check_choices(plan, choices)
-        self.plan, self.choices, self.progress = plan, choices, progress
         draws = choices.draws
+        if not draws.count:  # a draw pulls at all experts at once
+            plan = plan.fitted(choices.device, choices.memory)
+        self.plan, self.choices, self.progress = plan, choices, progress
         self.limit = plan.limit(choices.device, choices.memory, sampled=draws.count > 0)
         self.applier = Applier(plan, choices.seed, choices.device, draws)
 
@@ -85,6 +87,7 @@ class Walk:
             *self.plan.notes,
             *_twins(record.inputs[1 : 1 + len(self.plan.experts)]),
             *_spilled(self.applier.spilled),
+            *_streamed([i.name for g in self.plan.groups if g.streamed for i in g.tensors]),
         ]
         report = mode.finish(record, notes)
         for warning in report.warnings:
@@ -162,8 +165,19 @@ def _twins(experts: Sequence[Source]) -> list[str]:
     return warnings
 
 
+def _streamed(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    text = f"The experts of {_some(names)} do not fit in memory together and came one by one"
+    return [f"{text}, twice for each step."]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
+
+
 def _spilled(names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"{names[0]}{more} did not fit on the GPU and were solved on the CPU."]
+    return [f"{_some(names)} did not fit on the GPU and were solved on the CPU."]

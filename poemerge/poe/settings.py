@@ -99,6 +99,11 @@ class ProductSettings(Settings):
         return PRECISIONS[self.precision].matrices
 
     @property
+    def streams(self) -> bool:
+        """True if the experts of a matrix may come one by one."""
+        return PRECISIONS[self.precision].streams and self.granularity == "matrix"
+
+    @property
     def keeps_factors(self) -> bool:
         """True if updates in factors give a merged one in factors."""
         acting, free = PRECISIONS[self.precision].reduces

@@ -1,10 +1,22 @@
 """Experts that come one by one give the answer of experts that are held all at once."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import poemerge
+from poemerge.errors import CheckpointError
+from poemerge.merge import merge_checkpoints
+from poemerge.merging import memory
+from poemerge.merging.memory import OVERHEAD
+from poemerge.merging.plan import plan_merge
 from poemerge.method import Call
 from poemerge.methods import find
 from poemerge.poe import pieces
@@ -100,3 +112,104 @@ def test_many_factors_are_not_held_multiplied_out(monkeypatch: pytest.MonkeyPatc
     )
     twice = replace(CALL, weights=CALL.weights.repeat(2, 1))
     found.merge(both, settings, twice)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A base with two matrices and a vector, and 40 full fine-tunes of it."""
+    root = tmp_path_factory.mktemp("many")
+    shapes = {"a.weight": (300, 500), "lm_head.weight": (900, 300), "norm.weight": (300,)}
+    folders = {}
+    base = {
+        n: torch.randn(s, generator=torch.Generator().manual_seed(0)) for n, s in shapes.items()
+    }
+    for seed in range(41):
+        generator = torch.Generator().manual_seed(seed)
+        folder = folders[f"e{seed:02}"] = root / f"e{seed:02}"
+        folder.mkdir()
+        moved = {
+            n: b + (0.1 if seed else 0) * torch.randn(b.shape, generator=generator)
+            for n, b in base.items()
+        }
+        save_file(moved, folder / "model.safetensors")
+    return folders.pop("e00"), folders
+
+
+@pytest.mark.parametrize("method", ["gaussian_poe", "cauchy_poe"])
+def test_a_merge_streams_what_does_not_fit(
+    many: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    base, experts = many
+    merge_checkpoints(base, experts, tmp_path / "held", method)
+    monkeypatch.setitem(memory.ROOM, "cpu", 16 << 20)
+    with plan_merge(base, experts, method, {}) as plan:
+        fitted = plan.fitted(torch.device("cpu"))
+    rules = {group.rule: group.streamed for group in fitted.groups}
+    assert rules == {"matrix": True, "vocabulary": True, "average": False}
+    report = merge_checkpoints(base, experts, tmp_path / "streamed", method)
+    assert "The experts of a.weight and 1 more do not fit in memory together" in str(
+        report.warnings
+    )
+    held, streamed = (load_file(tmp_path / n / "model.safetensors") for n in ("held", "streamed"))
+    for name, weight in held.items():
+        gap = torch.linalg.norm(streamed[name] - weight)
+        assert gap < 1e-3 * torch.linalg.norm(weight - load_file(base / "model.safetensors")[name])
+
+
+def test_a_broken_expert_is_named_when_streamed_too(
+    many: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = many
+    broken = load_file(experts["e07"] / "model.safetensors")
+    broken["a.weight"][3, 4] = torch.nan
+    (tmp_path / "e07").mkdir()
+    save_file(broken, tmp_path / "e07/model.safetensors")
+    monkeypatch.setitem(memory.ROOM, "cpu", 16 << 20)
+    given = experts | {"e07": tmp_path / "e07"}
+    with pytest.raises(CheckpointError, match=r"a\.weight of expert 'e07' .* holds NaN"):
+        merge_checkpoints(base, given, tmp_path / "out", "gaussian_poe")
+
+
+PROBE = """
+import json, sys
+from pathlib import Path
+from poemerge.merge import merge_checkpoints
+from poemerge.merging.plan import plan_merge
+
+folders, budget, count = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+base, *experts = folders[: count + 1]
+names = {Path(f).name: Path(f) for f in experts}
+with plan_merge(Path(base), names, "gaussian_poe", {}) as plan:
+    import torch
+    planned = plan.peak_bytes(budget=budget)
+merge_checkpoints(base, names, sys.argv[4], "gaussian_poe", "cpu", memory=budget)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(json.dumps([planned, *(int(l.split()[1]) << 10 for l in lines if l.startswith("VmHWM"))]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
+def test_a_budget_holds_however_many_experts(
+    many: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    base, experts = many
+    budget = OVERHEAD + (48 << 20)
+    folders = json.dumps([str(base), *map(str, experts.values())])
+    peaks = []
+    for count in (10, 40):
+        told = subprocess.run(
+            [sys.executable, "-c", PROBE, folders, str(budget), str(count), tmp_path / f"{count}"],
+            cwd=Path(poemerge.__file__).parents[1],
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        planned, peak = json.loads(told.stdout)
+        assert planned <= budget
+        assert peak <= budget
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + (16 << 20)  # four times the experts
