@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.db import utils
 from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
 from sqlalchemy import event
 
@@ -89,3 +90,25 @@ def test_an_alias_that_another_sets_at_the_same_moment_is_set(
         event.listen(SqlRegisteredModelAlias, "before_insert", somebody_else, once=True)
         versions.point(client, "tiny", "live", 2)
         assert versions.aliases_of(client, "tiny") == {"live": "2"}
+
+
+def test_a_database_that_was_half_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow itself would go on with the half, and could not (duplicate columns)."""
+    monkeypatch.chdir(tmp_path)
+    real = utils._upgrade_db
+
+    def stop(engine: object) -> None:
+        real(engine)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_upgrade_db", stop)
+        with pytest.raises(KeyboardInterrupt), connected():
+            pass
+    assert not (tmp_path / "mlflow.db").exists()
+    (tmp_path / "mlflow.db.half.partial").mkdir()
+    with connected() as client:
+        assert client.search_experiments()[0].name == "Default"
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
