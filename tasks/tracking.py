@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -117,12 +119,15 @@ def _make(database: Path) -> None:
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH  # noqa: PLC0415 - above
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415 - as above
 
-    partial = database.with_name(database.name + PARTIAL)
-    for path in database.parent.glob(f"{partial.name}*"):  # of a process that was killed
-        path.unlink()
-    store = SqlAlchemyStore(f"sqlite:///{partial}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
-    store.engine.dispose()
-    partial.rename(database)
+    place, name = database.parent, database.name
+    for left in place.glob(f"{name}.*{PARTIAL}"):  # by a process that was killed
+        shutil.rmtree(left)
+    # Each time of another name, by which MLflow keeps its connections.
+    with TemporaryDirectory(prefix=f"{name}.", suffix=PARTIAL, dir=place) as folder:
+        partial = Path(folder, name)
+        store = SqlAlchemyStore(f"sqlite:///{partial}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store.engine.dispose()
+        partial.rename(database)
 
 
 def upsert(write: Callable[..., object], *arguments: str) -> None:

@@ -263,6 +263,27 @@ def check_end(ended: Ended, blow: Blow) -> None:
     assert "Traceback" not in ended.said
 
 
+def test_a_killed_first_use(trials: Trials, tmp_path: Path) -> None:
+    """MLflow's database, killed while it is made, is made by the next command"""
+    words, seconds = ("lineage", "models:/tiny/1"), 0.0
+    for number in trials(short=1, full=50):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        seconds = seconds or ask(words, tmp_path)
+        with trials.trial(number):
+            blow = Blow(signal.SIGKILL, random.Random(number).random() * seconds)
+            assert command(words, folder, blow=blow).code in {1, -signal.SIGKILL}
+            ask(words, folder)
+
+
+def ask(words: tuple[str, ...], folder: Path) -> float:
+    """Ask MLflow for a version that is not there; seconds that the answer took."""
+    asked = command(words, folder)
+    assert asked.code == 1
+    assert "models:/tiny/1: it has no version" in asked.sentence, asked.said
+    return asked.seconds
+
+
 STOPS = (signal.SIGINT, signal.SIGTERM)
 COUNTS = {"short": 3, "full": 50}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.db import utils
 from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel, SqlRegisteredModelAlias
 from sqlalchemy import event
 
@@ -147,3 +148,25 @@ def test_a_run_that_cannot_be_ended_does_not_hide_why_it_failed(file: Path) -> N
         client.delete_run(run)  # which MLflow then refuses to end
         with pytest.raises(KeyboardInterrupt), ending(client, run):
             raise KeyboardInterrupt
+
+
+def test_a_database_that_was_half_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow itself would go on with the half, and could not (duplicate columns)."""
+    monkeypatch.chdir(tmp_path)
+    real = utils._upgrade_db
+
+    def stop(engine: object) -> None:
+        real(engine)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_upgrade_db", stop)
+        with pytest.raises(KeyboardInterrupt), connected():
+            pass
+    assert not (tmp_path / "mlflow.db").exists()
+    (tmp_path / "mlflow.db.half.partial").mkdir()
+    with connected() as client:
+        assert client.search_experiments()[0].name == "Default"
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
