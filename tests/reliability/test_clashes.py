@@ -3,6 +3,7 @@
 Their queue for the device, which would let one wait for the other, is taken from them.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tests.reliability.checks import (
     check_records,
     said,
 )
-from tests.reliability.contest import Arena, Command
+from tests.reliability.contest import PATIENCE, Arena, Command, Ended
 from tests.reliability.projects import before_registration, copy
 from tests.reliability.trials import Trials
 
@@ -139,3 +140,32 @@ def test_promotion(
             check_records(client, versions=2)
             check_live(folder, client)
             assert int(client.get_registered_model("tiny").aliases["champion"]) == 2
+
+
+@pytest.mark.usefixtures("long")
+def test_own_prefect(trials: Trials, finished: Path, tmp_path: Path) -> None:
+    """Two runs at once that bring their own Prefect servers, with no database yet: both end well"""
+    for number in trials(short=1, full=20):
+        with trials.trial(number):
+            clones = [
+                before_registration(finished, tmp_path / f"{number}/{name}")
+                for name in ("left", "right")
+            ]
+            home = {"PREFECT_HOME": str(tmp_path / f"home-{number}")}
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "flows.cli", "run"],
+                    cwd=clone,
+                    env={**os.environ, **home, "POEMERGE_QUEUE": f"{clone}-queue"},
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+                for clone in clones
+            ]
+            told = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+            ended = [Ended(p.returncode, t) for p, t in zip(processes, told, strict=True)]
+            check_end(ended, 0, 0)
+            for clone in clones:
+                check_project(clone, finished)
+                check_records(check_database(clone / "mlflow.db"))
