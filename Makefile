@@ -7,7 +7,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo full test reliability lint repro docs clean
+.PHONY: demo full test lowest reliability lint audit repro docs clean
 
 demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the test items
 	$(BIN)/poemerge run
@@ -18,6 +18,11 @@ full: .venv/base ## the same on all items
 test: lint ## lint, types, import contracts, all tests
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
+lowest: ## all tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --constraint .ci/lowest.txt torch --editable '.[dev]'
+	.venv-lowest/bin/pytest --numprocesses 2 --dist loadfile -W default # old releases warn of what is to come
+
 reliability: .venv/done ## crashes, faults, bad input, as often as docs/reliability.md says; hours
 	$(BIN)/pytest tests/reliability --full
 
@@ -26,6 +31,11 @@ lint: .venv/done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: ## known vulnerabilities of what constraints.txt names; fails too where nobody could say
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 docs: .venv/done ## the site, into site/; look at it with `python -m http.server --directory site`
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,9 +2,11 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 from flows.cli import main
@@ -96,3 +98,20 @@ def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     exec(compile("\n".join(blocks), "docs/walk.md", "exec"), {})
+
+
+def test_the_lowest_versions_are_within_what_is_stated() -> None:
+    pins = (line.split("==") for line in (ROOT / ".ci/lowest.txt").read_text().splitlines())
+    pinned = {pin[0].replace("_", "-").lower(): pin[1] for pin in pins if len(pin) == 2}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        stated = [Requirement(text) for text in tomllib.load(file)["project"]["dependencies"]]
+    for each in stated:
+        assert each.specifier.contains(pinned[each.name.replace("_", "-").lower()]), each
+
+
+def test_ci_makes_what_the_makefile_has() -> None:
+    work = YAML(typ="safe").load(ROOT / ".github/workflows/ci.yml")["jobs"]["make"]
+    targets = set(work["strategy"]["matrix"]["target"])
+    assert targets == {"test", "lowest", "docs", "audit"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets <= set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
