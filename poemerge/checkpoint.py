@@ -41,9 +41,14 @@ class TensorInfo:
     file: str
 
     @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Size on disk in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     @property
     def is_float(self) -> bool:
