@@ -19,6 +19,7 @@ from poemerge.task_vector import LowRank
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."  # PEFT saves a copy of the embedding that it adapts
+ORIGINAL = ".original_module."  # and one of a module that it keeps whole, where that was resized
 # What changes the algebra in a way that two factors do not show.
 UNSUPPORTED = (
     "use_dora",
@@ -158,7 +159,7 @@ class Adapter(TensorFiles):
     def _whole_tensors(self) -> dict[str, str]:
         """Base tensor → name of the full replacement (PEFT's modules_to_save)."""
         used = {key for pair in self.factors.values() for key in pair}
-        rest = [key for key in self.tensors if key not in used]
+        rest = [key for key in self.tensors if key not in used and ORIGINAL not in key]
         for key in rest:
             if "lora_" in key:
                 raise CheckpointError(

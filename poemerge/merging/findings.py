@@ -14,7 +14,7 @@ from poemerge.device import STORED
 from poemerge.errors import CheckpointError
 from poemerge.merging.glance import APART, Impression
 from poemerge.merging.terms import Terms
-from poemerge.token_rows import BASE, REFUSE
+from poemerge.token_rows import REFUSE
 
 GAP = 100.0  # between an expert's norm and the median of the others'; trained ones are within 10
 ROUNDING = 0.5  # part of an update that may be rounding before it is worth a word
@@ -66,11 +66,11 @@ def _foreign(seen: Impression, terms: Terms) -> Iterator[str]:
             )
         yield f"{sentence}; the merge is no better than it."
         return
-    if seen.shuffled and terms.foreign == REFUSE and terms.vocabulary != BASE:
+    if seen.shuffled and terms.foreign == REFUSE:
         raise CheckpointError(
-            f"{where} has the base's rows of {_list(seen.shuffled)} in another order, which its "
-            "tokenizer does not tell; give its own tokenizer beside it and choose vocabulary pad, "
-            "or choose foreign warn to go on."
+            f"{where} has the base's rows of {_list(seen.shuffled)} in another order, of which no "
+            "tokenizer tells; put its tokenizer into its folder and choose vocabulary pad, or "
+            "choose foreign warn to go on."
         )
     if seen.apart:
         yield (

@@ -20,7 +20,8 @@ READS = 4096  # in all; of more tensors than that allows, some are passed over
 SLICE = 1 << 22  # values that are read at a time where all are
 APART = 0.5  # of the base's own numbers left; a fine-tune keeps nearly all, another model none
 HALF = 0.5
-ALIKE = 0.9  # cosine of two rows that are one row, fine-tuned
+ALIKE = 0.7  # cosine of two rows that are one row, fine-tuned ...
+AHEAD = 0.2  # ... and by how much it is above that of the rows with the same number
 
 
 @dataclass
@@ -146,13 +147,12 @@ def _is_shuffled(info: TensorInfo, base: Checkpoint, expert: Expert) -> bool:
     if weight is None:
         return False
     own = normalize(weight.float())
-    best, at = torch.zeros(len(own)), torch.zeros(len(own), dtype=torch.int64)
+    best = torch.zeros(len(own))
     for cut in _cuts(info, deep=True):
-        cosines, rows = (own @ normalize(base.read(info.name, cut).float()).mT).max(dim=1)
-        better = cosines > best
-        best = torch.where(better, cosines, best)
-        at = torch.where(better, rows + (cut or (0, 0))[0], at)
-    elsewhere = (best > ALIKE) & (at != torch.arange(first, end))
+        there = normalize(base.read(info.name, cut).float())
+        best = torch.maximum(best, (own @ there.mT).amax(dim=1))
+    same = (own * normalize(base.read(info.name, (first, end)).float())).sum(dim=1)
+    elsewhere = (best > ALIKE) & (best > same + AHEAD)
     return bool(elsewhere.float().mean() > HALF)
 
 

@@ -27,7 +27,7 @@ from poemerge.merging.terms import STRICT, Terms
 from poemerge.method import Method
 from poemerge.methods import find
 from poemerge.poe.settings import HeavySettings
-from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, rule_for
+from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, is_vocabulary, rule_for
 from poemerge.settings import Settings
 
 CPU = torch.device("cpu")
@@ -238,7 +238,12 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
     for index, expert in enumerate(experts):
         notes += expert.notes
         merged = [g for g in groups if g.rule not in {COPY, TIED}]
-        missing = [t.name for g in merged if index not in g.voters for t in g.tensors]
+        missing = [
+            t.name
+            for g in merged
+            for t in g.tensors
+            if index not in g.voters and (expert.tokens.kept or not is_vocabulary(t, base))
+        ]
         if missing:
             notes.append(f"Expert {expert.name!r} lacks {_list(missing)}; the others decide there.")
         if expert.extra:

@@ -42,6 +42,7 @@ CHOICES = {
     "seed": 0,
     "rank": None,
     "memory": None,
+    "vocabulary": "refuse",
 }
 
 
