@@ -26,7 +26,7 @@ from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
-from poemerge.token_rows import PAD
+from poemerge.token_rows import PAD, REFUSE
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,8 @@ def merge_lineage(
     if files:  # where they lie is no part of the record; what they hold is among the inputs
         parsed["curvature"] = {name: Path(file).name for name, file in files.items()}
     device = describe_device(pick_device(str(choices["device"])))
-    params = {"method": method, "settings": parsed, **choices}
+    decisive = {k: v for k, v in choices.items() if (k, v) != ("vocabulary", REFUSE)}  # no byte
+    params = {"method": method, "settings": parsed, **decisive}
     return Lineage("merge", params, tuple(inputs), device=device, code=core_code())
 
 

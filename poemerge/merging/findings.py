@@ -12,7 +12,7 @@ import torch
 from poemerge.checkpoint import Checkpoint
 from poemerge.device import STORED
 from poemerge.errors import CheckpointError
-from poemerge.merging.glance import APART, Impression
+from poemerge.merging.glance import Impression
 from poemerge.merging.terms import Terms
 from poemerge.token_rows import REFUSE
 
@@ -56,10 +56,12 @@ def changes_nothing(name: str, folder: Path) -> CheckpointError:
 
 def _foreign(seen: Impression, terms: Terms) -> Iterator[str]:
     where = f"Expert {seen.expert.name!r} ({seen.expert.folder})"
-    if seen.base and seen.kept < APART * seen.base:
-        left = max(0.0, seen.kept / seen.base)
-        sentence = f"{where} was not fine-tuned from this base: {left:.0%} of the base's weights "
-        sentence += "are left in it, where a fine-tune keeps nearly all"
+    if seen.overlap.is_apart:
+        left = f"{seen.overlap.share:.0%} of the base's weights"
+        sentence = (
+            f"{where} was not fine-tuned from this base: {left} are left in it, where a fine-tune "
+            "keeps nearly all"
+        )
         if terms.foreign == REFUSE:
             raise CheckpointError(
                 f"{sentence}; give the base that it was made from, or choose foreign warn to go on."

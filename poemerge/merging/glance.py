@@ -1,6 +1,7 @@
 """A look at values before a merge: a few rows of every tensor, or all, and what they say."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,9 +20,48 @@ LEAST_ROWS = 8  # of a matrix, however long they are
 READS = 4096  # in all; of more tensors than that allows, some are passed over
 SLICE = 1 << 22  # values that are read at a time where all are
 APART = 0.5  # of the base's own numbers left; a fine-tune keeps nearly all, another model none
+SURE = 4  # standard deviations by which what is left must be below that: few numbers say little
 HALF = 0.5
 ALIKE = 0.7  # cosine of two rows that are one row, fine-tuned ...
 AHEAD = 0.2  # ... and by how much it is above that of the rows with the same number
+
+
+@dataclass
+class Overlap:
+    """How much of the base is left in an expert's matrices, rows centred.
+
+    Attributes:
+        base: ||W₀||².
+        kept: <W, W₀>: equal to `base` for an update of any size that knows nothing of the base, 0
+            for a model that knows nothing of it.
+        moved: ||A||².
+        count: of numbers.
+    """
+
+    base: float = 0.0
+    kept: float = 0.0
+    moved: float = 0.0
+    count: int = 0
+
+    def add(self, base: float, kept: float, moved: float, count: int) -> None:
+        """Take in more of them."""
+        self.base += base
+        self.kept += kept
+        self.moved += moved
+        self.count += count
+
+    @property
+    def share(self) -> float:
+        """Part of the base that is left."""
+        return max(0.0, self.kept / self.base)
+
+    @property
+    def is_apart(self) -> bool:
+        """True if nothing of the base is left, as far as so many numbers can say."""
+        if not self.base:
+            return False
+        deviation = math.sqrt(self.moved * self.base / self.count)
+        return self.kept + SURE * deviation < APART * self.base
 
 
 @dataclass
@@ -32,9 +72,7 @@ class Impression:
         values: how many were looked at.
         complete: True if these are all that it has.
         square: ||A||² of them.
-        base: ||W₀||² of those in matrices that it holds whole, rows centred.
-        kept: <W, W₀> of these: equal to `base` in what is orthogonal to the base, 0 in what has
-            nothing to do with it.
+        overlap: with the base, of matrices that it holds whole.
         rounding: ||error||² of the base's values if they were stored as the expert's are.
         lost: ||error||² of the expert's values if they are stored as the merge will be.
         apart: matrices of which nothing of the base is left.
@@ -47,8 +85,7 @@ class Impression:
     values: int = 0
     complete: bool = True
     square: float = 0.0
-    base: float = 0.0
-    kept: float = 0.0
+    overlap: Overlap = field(default_factory=Overlap)
     rounding: float = 0.0
     lost: float = 0.0
     apart: list[str] = field(default_factory=list)
@@ -110,34 +147,34 @@ def _look(info: TensorInfo, base: Checkpoint, found: list[Impression], terms: Te
     changing = [seen for seen in found if seen.expert.votes(info) and seen.expert.rank(info) != 0]
     if not changing:
         return
-    kept, own = torch.zeros(len(changing)), 0.0
+    overlaps = [Overlap() for _ in changing]
     for rows in _cuts(info, deep=terms.deep):
         start = base.read(info.name, rows).float()
         check_finite(start, info.name, f"the base ({base.folder})")
         middle = _centred(start)
-        own += float(middle.square().sum())
-        for index, seen in enumerate(changing):
+        own = float(middle.square().sum())
+        for seen, overlap in zip(changing, overlaps, strict=True):
             delta = torch.empty_like(start)
             seen.expert.fill(info, start, delta, rows)
             where = f"expert {seen.expert.name!r} ({seen.expert.folder})"
             check_finite(delta, info.name, where)
             seen.see(info, start, delta, STORED.get(terms.dtype, info.dtype))
             seen.complete &= terms.deep or delta.numel() == info.size
-            kept[index] += float((middle * (middle + _centred(delta))).sum())
-    for index, seen in enumerate(changing):
-        if seen.expert.rank(info) is None and own > 0:
-            _judge(info, base, seen, float(kept[index]), own)
+            away = _centred(delta)
+            kept, moved = own + float((middle * away).sum()), float(away.square().sum())
+            overlap.add(own, kept, moved, middle.numel())
+    for seen, overlap in zip(changing, overlaps, strict=True):
+        if seen.expert.rank(info) is None:
+            _judge(info, base, seen, overlap)
 
 
-def _judge(info: TensorInfo, base: Checkpoint, seen: Impression, kept: float, own: float) -> None:
-    """How much of the base is left in a matrix; rows that are shuffled look like none."""
-    seen.base += own
-    seen.kept += kept
-    if kept >= APART * own:
-        return
-    seen.apart.append(info.name)
-    if is_vocabulary(info, base) and _is_shuffled(info, base, seen.expert):
-        seen.shuffled.append(info.name)
+def _judge(info: TensorInfo, base: Checkpoint, seen: Impression, overlap: Overlap) -> None:
+    """How much of the base is left in a matrix; rows in another order look like none."""
+    seen.overlap.add(overlap.base, overlap.kept, overlap.moved, overlap.count)
+    if overlap.is_apart:
+        seen.apart.append(info.name)
+        if is_vocabulary(info, base) and _is_shuffled(info, base, seen.expert):
+            seen.shuffled.append(info.name)
 
 
 def _is_shuffled(info: TensorInfo, base: Checkpoint, expert: Expert) -> bool:

@@ -42,7 +42,6 @@ CHOICES = {
     "seed": 0,
     "rank": None,
     "memory": None,
-    "vocabulary": "refuse",
 }
 
 
