@@ -5,7 +5,7 @@ fits the module; it is applied once, here.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from poemerge.checkpoint import TensorFiles
@@ -17,6 +17,7 @@ from poemerge.task_vector import LowRank
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."  # PEFT saves a copy of the embedding that it adapts
+ORIGINAL = ".original_module."  # and one of a module that it keeps whole, where that was resized
 
 
 class Adapter(TensorFiles):
@@ -56,6 +57,14 @@ class Adapter(TensorFiles):
         self.base_layers = {new.get(n, n): key for n, key in self.base_layers.items()}
         self.replaced = {new.get(n, n): key for n, key in self.replaced.items()}
 
+    def drop(self, names: Collection[str]) -> list[str]:
+        """Forget what it changes in these tensors of the base; those that it did change."""
+        gone = [name for name in names if name in self.factors or name in self.replaced]
+        for name in gone:
+            for table in (self.factors, self.replaced, self.base_layers):
+                table.pop(name, None)
+        return gone
+
     def shape(self, name: str) -> tuple[int, int, int]:
         """(O, R, I) of the update of base tensor `name`, from the headers.
 
@@ -64,7 +73,7 @@ class Adapter(TensorFiles):
         """
         down, up = (self.tensors[key].shape for key in self.factors[name])
         expected = self.lora.rank_of(self._module(name))
-        if not (len(up) == len(down) == 2 and up[1] == down[0] == expected):
+        if not (len(up) == len(down) == 2 and up[1] == down[0] == expected > 0):
             raise CheckpointError(
                 f"{name} in {self.folder / ADAPTER} has factors {up} and {down}, but {CONFIG} says "
                 f"rank {expected}; save the adapter again."
@@ -105,7 +114,7 @@ class Adapter(TensorFiles):
     def _whole_tensors(self) -> dict[str, str]:
         """Base tensor → name of the full replacement (PEFT's modules_to_save)."""
         used = {key for pair in self.factors.values() for key in pair}
-        rest = [key for key in self.tensors if key not in used]
+        rest = [key for key in self.tensors if key not in used and ORIGINAL not in key]
         for key in rest:
             if "lora_" in key:
                 raise CheckpointError(

@@ -42,6 +42,7 @@ class LoraConfig:
     rslora: bool
     fan_in_fan_out: bool
     task: str | None  # PEFT's name for what the model is: CAUSAL_LM, SEQ_2_SEQ_LM, ...
+    saved: tuple[str, ...] = ()  # PEFT's modules_to_save
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -67,7 +68,13 @@ class LoraConfig:
             rslora=bool(config.get("use_rslora")),
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             task=config.get("task_type"),
+            saved=tuple(config.get("modules_to_save") or ()),
         )
+
+    def saves(self, tensor: str) -> bool:
+        """True for a tensor of a module that is trained and kept whole."""
+        module = tensor.rpartition(".")[0]
+        return any(module == name or module.endswith(f".{name}") for name in self.saved)
 
     def rank_of(self, module: str) -> int:
         """R for a module such as `model.layers.0.self_attn.q_proj`."""
@@ -125,6 +132,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 NEEDED = ("r", "lora_alpha")
 SOUND: Mapping[str, Callable[[Any], bool]] = {
     "r": _is_rank,
@@ -134,6 +145,7 @@ SOUND: Mapping[str, Callable[[Any], bool]] = {
     "use_rslora": _is_flag,
     "fan_in_fan_out": _is_flag,
     "task_type": lambda value: isinstance(value, str),
+    "modules_to_save": _are_names,
 }
 
 
