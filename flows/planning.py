@@ -15,6 +15,7 @@ from poemerge.merging.cost import Cost
 from poemerge.merging.jobs import Job, Schedule, jobs
 from poemerge.merging.plan import Plan, plan_merge
 from poemerge.merging.rates import Rates
+from poemerge.merging.terms import HEADERS
 from tasks.fetch.headers import open_headers
 
 GIGA = 1e9
@@ -51,7 +52,7 @@ class Wanted:
             for index in range(self.count):
                 name = f"expert-{index}"
                 experts[name] = self._imagined(base, folder / name)
-            with plan_merge(base, experts, self.method, self.settings) as plan:
+            with plan_merge(base, experts, self.method, self.settings, HEADERS) as plan:
                 yield plan
 
     def _imagined(self, base: Path, folder: Path) -> Path:

@@ -144,7 +144,7 @@ def plan_merge(
         groups = planner.groups()
         notes = _notes(checkpoint, opened, groups) + planner.notes(groups)
         robust = isinstance(parsed, HeavySettings)
-        seen = look(checkpoint, opened, terms)
+        seen = look(checkpoint, opened, terms) if terms.values else []
         notes += tuple(findings(checkpoint, seen, terms, method, robust=robust))
         return Plan(
             checkpoint,

@@ -19,12 +19,14 @@ class Terms:
         foreign: of an expert in which nothing of the base is left: `refuse` or `warn`.
         dtype: that the merge is to be stored in.
         deep: look at every value, and not at a sample of each tensor.
+        values: look at values at all; False where headers are all that there is.
     """
 
     vocabulary: str = REFUSE
     foreign: str = REFUSE
     dtype: str = "source"
     deep: bool = False
+    values: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("vocabulary", VOCABULARIES), ("foreign", FOREIGN)):
@@ -36,4 +38,5 @@ class Terms:
 
 
 STRICT = Terms()
+HEADERS = Terms(values=False)  # of those who plan what is not here
 LENIENT = Terms(vocabulary="base", foreign=WARN)  # of those who only describe what is there

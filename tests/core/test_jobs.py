@@ -15,6 +15,7 @@ from poemerge.merging.cost import Cost
 from poemerge.merging.jobs import Job, Schedule, jobs
 from poemerge.merging.plan import plan_merge
 from poemerge.merging.rates import Rates
+from poemerge.merging.terms import HEADERS
 from tests.zoo import Zoo
 
 UNIT = Rates(1.0, float("inf"), 1.0, 1.0, 1.0)
@@ -86,11 +87,11 @@ def test_headers_alone_give_the_plan_of_the_real_thing(zoo: Zoo, tmp_path: Path)
     for method in ("cauchy_poe", "ties"):
         with (
             plan_merge(base, real, method, {}) as one,
-            plan_merge(base, {"full": full}, method, {}) as other,
+            plan_merge(base, {"full": full}, method, {}, HEADERS) as other,
         ):
             assert one.groups == other.groups
             assert [job.cost for job in jobs(one)] == [job.cost for job in jobs(other)]
-    with plan_merge(base, {"lora": lora}, "cauchy_poe", {}) as plan:
+    with plan_merge(base, {"lora": lora}, "cauchy_poe", {}, HEADERS) as plan:
         matrices = [group for group in plan.groups if group.rule == "matrix"]
         assert {group.ranks for group in matrices} == {(2,)}
         assert {group.rule for group in plan.groups} == {"matrix", "copy"}
@@ -101,7 +102,7 @@ def test_shards_are_as_large_as_they_may_be(tmp_path: Path) -> None:
     files = in_shards(layout, limit=200)
     assert [list(names) for names in files.values()] == [["w0", "w1"], ["w2"], ["w3"]]
     ghost = write_ghost(tmp_path / "ghost", files, {"vocab_size": 9})
-    with plan_merge(ghost, {"same": ghost}, "average", {}) as plan:
+    with plan_merge(ghost, {"same": ghost}, "average", {}, HEADERS) as plan:
         assert [job.file for job in jobs(plan)] == list(files)
     assert list(in_shards(layout)) == ["model.safetensors"]
 
