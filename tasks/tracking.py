@@ -83,8 +83,8 @@ def _sentence(uri: str, error: Any) -> str:
     elif status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
         text = f"MLflow at {uri} does not allow that to {user}; ask its administrator."
-    elif away := AWAY.search(str(error)):
-        text = f"MLflow at {uri} does not answer ({away[0].lower()}); start it, or set {VARIABLE}, "
+    elif away := AWAY.findall(str(error)):  # the last is the cause of those before it
+        text = f"MLflow at {uri} does not answer ({away[-1].lower()}); start it or set {VARIABLE}, "
         text += "and run the same command again: what is done by now is kept."
     else:
         reason = " ".join(str(error).partition("[SQL:")[0].split())
