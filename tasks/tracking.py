@@ -87,8 +87,8 @@ def _sentence(uri: str, error: Any) -> str:
     if status == HTTPStatus.FORBIDDEN or "error code 403" in str(error):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME", "you")
         return f"MLflow at {uri} does not allow that to {user}; ask its administrator."
-    if away := AWAY.search(str(error)):
-        how = f"MLflow at {uri} does not answer ({away[0].lower()}); start it, or set {VARIABLE}, "
+    if away := AWAY.findall(str(error)):  # the last is the cause of those before it
+        how = f"MLflow at {uri} does not answer ({away[-1].lower()}); start it or set {VARIABLE}, "
         return how + "and run the same command again: what is done by now is kept."
     reason = " ".join(str(error).partition("[SQL:")[0].split())
     return f"MLflow at {uri} refused ({reason}); mend it, or set {VARIABLE}."
