@@ -1,4 +1,4 @@
-"""Tensors of odd shapes, kinds, names and homes: merged to the right numbers, or refused by name."""
+"""Tensors of odd shapes, kinds, names and homes: merged to the right numbers, or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
