@@ -27,9 +27,9 @@ def align(name: str, folder: Path, base: Checkpoint, expert: Shapes) -> dict[str
         CheckpointError: two parts of the base fit the expert equally well.
     """
     wanted = shapes_of(base)
-    cut = sorted({"", *(name.split(".")[0] + "." for name in (*wanted, *expert))})
-    options = [{n: n.removeprefix(p) for n in wanted} for p in cut]
-    options += [{n: p + n for n in wanted} for p in cut]
+    options = [{n: n for n in wanted}]
+    options += [{n: n.removeprefix(p) for n in wanted} for p in _prefixes(wanted, expert)]
+    options += [{n: p + n for n in wanted} for p in _prefixes(expert, wanted)]
     matches = [{n: e for n, e in names.items() if e in expert} for names in options]
 
     def fit(names: Mapping[str, str]) -> tuple[int, int]:
@@ -43,6 +43,12 @@ def align(name: str, folder: Path, base: Checkpoint, expert: Shapes) -> dict[str
             "give the part of the base that it was trained on as a checkpoint of its own."
         )
     return best
+
+
+def _prefixes(names: Shapes, others: Shapes) -> list[str]:
+    """First parts of `names` without which one of them is among the `others`."""
+    parts = (name.partition(".") for name in names)
+    return sorted({first + dot for first, dot, rest in parts if dot and rest in others})
 
 
 def has_place(name: str, base: Checkpoint) -> bool:

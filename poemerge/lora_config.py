@@ -4,9 +4,10 @@ import math
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -31,14 +32,42 @@ REPEATED = re.compile(r"\)[*+{]")  # of a group, within which others may repeat
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class Patterns:
+    """Values by pattern: the first that fits the end of a module's name counts, as in PEFT.
+
+    There may be one for each module of a large model, escaped as PEFT wants it. Such are looked up.
+
+    Args:
+        values: regular expression → value.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._names: dict[str, tuple[int, Any]] = {}  # place among all, value
+        self._others: list[tuple[int, Any, re.Pattern[str]]] = []
+        for place, (pattern, value) in enumerate(values.items()):
+            name = re.sub(r"\\(.)", r"\1", pattern)
+            if re.escape(name) == pattern:
+                self._names[name] = (place, value)
+            else:
+                self._others.append((place, value, re.compile(_ending(pattern))))
+
+    def find(self, module: str, default: Any) -> Any:
+        """The value for a module, or `default` where no pattern fits."""
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        others = ((place, value) for place, value, fit in self._others if fit.match(module))
+        fits = [*(self._names[end] for end in ends if end in self._names), *islice(others, 1)]
+        return min(fits)[1] if fits else default
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The numbers of `adapter_config.json` that enter the update."""
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     rslora: bool
     fan_in_fan_out: bool
     task: str | None  # PEFT's name for what the model is: CAUSAL_LM, SEQ_2_SEQ_LM, ...
@@ -63,8 +92,8 @@ class LoraConfig:
         return cls(
             rank=config["r"],
             alpha=float(config["lora_alpha"]),
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
+            rank_pattern=Patterns(config.get("rank_pattern") or {}),
+            alpha_pattern=Patterns(config.get("alpha_pattern") or {}),
             rslora=bool(config.get("use_rslora")),
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             task=config.get("task_type"),
@@ -78,12 +107,12 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """R for a module such as `model.layers.0.self_attn.q_proj`."""
-        return int(_match(self.rank_pattern, module, self.rank))
+        return int(self.rank_pattern.find(module, self.rank))
 
     def scaling_of(self, module: str) -> float:
         """The factor on lora_B · lora_A."""
         rank = self.rank_of(module)
-        alpha = _match(self.alpha_pattern, module, self.alpha)
+        alpha = self.alpha_pattern.find(module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -154,12 +183,6 @@ def _refuse(path: Path, key: str, value: object) -> NoReturn:
         f"{path} has {key}={reprlib.repr(value)}, which plain LoRA factors do not express; merge "
         "it into its base with PEFT and give the full checkpoint."
     )
-
-
-def _match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """First pattern that fits the end of the module's name, as PEFT matches them."""
-    fits: Iterable[str] = (key for key in patterns if re.match(_ending(key), module))
-    return next((patterns[key] for key in fits), default)
 
 
 def _ending(pattern: str) -> str:

@@ -11,7 +11,8 @@ MEMORY, HANDLES, THREADS, PROCESSES = "memory, MB", "handles", "threads", "proce
 TEMPORARY, TICKETS, LEFT = "temporary files", "tickets in the queue", "unfinished files"
 
 # What each merge must leave as it found it.
-STEADY = (f"worker: {PROCESSES}", f"server: {PROCESSES}", TEMPORARY, TICKETS, LEFT)
+STEADY = (f"worker: {HANDLES}", f"worker: {PROCESSES}", f"server: {PROCESSES}")
+STEADY += (TEMPORARY, TICKETS, LEFT)
 
 
 def gauge(system: System) -> dict[str, float]:

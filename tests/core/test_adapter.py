@@ -1,6 +1,8 @@
 """LoRA adapters against peft: the update that they are, and the merged adapter written back."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from poemerge.errors import CheckpointError, SettingError
+from poemerge.lora_config import Patterns
 from poemerge.merge import expert_weights, merge_checkpoints
 from tests.core.stacks import assert_close
 from tests.zoo import VOCABULARY, Zoo, adapt, load, merged_by_peft, save, save_adapter
@@ -50,6 +53,29 @@ def test_scaling_is_that_of_peft(zoo: Zoo, options: dict[str, object]) -> None:
     base = load_file(zoo.base() / "model.safetensors")
     moved = {name for name, weight in actual.items() if not torch.equal(weight, base[name])}
     assert any("q_proj" in name for name in moved)
+
+
+def test_patterns_count_as_in_peft() -> None:
+    """Escaped names are looked up, others tried one by one: whichever comes first counts."""
+    from peft.utils.other import get_pattern_key
+
+    keys = [r"layers\.1\.q_proj", "q_proj", r".*\.k.*", r"a\.layers\.2\.k_proj", "up", "o_pro."]
+    modules = [f"{a}layers.{i}.{m}_proj" for a in ("", "a.") for i in (1, 2) for m in "qkov"]
+    for order in (keys, keys[::-1], keys[3:] + keys[:3]):
+        patterns = Patterns({key: place for place, key in enumerate(order)})
+        for module in (*modules, "mlp.up", "mlp.cup"):
+            found = get_pattern_key(order, module)
+            expected = order.index(found) if found in order else None
+            assert patterns.find(module, None) == expected
+
+
+def test_a_pattern_for_each_of_many_modules_is_found_at_once() -> None:
+    """As an adapter has them that was merged from others of several ranks."""
+    modules = [f"layers.{index}.q_proj" for index in range(5000)]
+    start = time.process_time()
+    patterns = Patterns({re.escape(module): place for place, module in enumerate(modules)})
+    assert [patterns.find(module, None) for module in modules] == list(range(5000))
+    assert time.process_time() - start < 2
 
 
 def test_a_tied_embedding_moves_once(zoo: Zoo) -> None:

@@ -80,6 +80,24 @@ class TestLayers:
             "2.weight": Place("weight", 2),
         }
 
+    def test_the_experts_of_a_mixture_are_one_kind(self) -> None:
+        """A panel for each would be hundreds, which took minutes to draw."""
+        names = [
+            f"model.layers.{layer}.mlp.experts.{expert}.{module}_proj.weight"
+            for layer in range(2)
+            for expert in range(64)
+            for module in ("up", "down")
+        ]
+        assert set(places(names).values()) == {
+            Place(module, layer) for module in ("up", "down") for layer in range(2)
+        }
+        few = [name for name in names if ".experts.0." in name or ".experts.1." in name]
+        assert len({place.module for place in places(few).values()}) == 4
+
+    def test_what_is_still_many_kinds_is_one(self) -> None:
+        names = [f"layers.0.block{index}.weight" for index in range(100)]
+        assert set(places(names).values()) == {Place("all", 0)}
+
     def test_numbers_in_names_count(self) -> None:
         assert sorted(["a.10.b", "a.9.b"], key=natural) == ["a.9.b", "a.10.b"]
 
