@@ -98,7 +98,6 @@ def merge_checkpoints(
     outs = [out, beside] if samples else [out]
     if beside.exists() and not samples:
         logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
-    side_files(base)  # refused before the work, not after it
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory, "vocabulary": vocabulary}
     terms = Terms(vocabulary, foreign, dtype)
@@ -107,6 +106,7 @@ def merge_checkpoints(
         plan_merge(base, folders, method, settings, terms) as plan,
         ThreadPoolExecutor(1) as pool,
     ):
+        side_files(base)  # refused before the work, not after it
         choices = Choices(pick_device(device), dtype, output, seed, rank, memory, draws)
         walk = Walk(plan, choices, progress or silent)
         # Inputs are hashed while they are merged.
