@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
+from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError
 
 from poemerge.errors import SettingError, SourceError
 from tasks.dvc_store.reference import repository
@@ -105,6 +106,9 @@ def _commit(repo: Any, target: str) -> None:
         (stage,) = repo.commit(target, force=True)
     except LockError:
         raise
+    except RWLockFileCorruptedError as error:  # its writer was killed; DVC makes it anew
+        Path(repo.tmp_dir, RWLOCK_FILE).unlink(missing_ok=True)
+        raise LockError(str(error)) from error
     except (DvcException, OSError) as error:
         message = f"DVC could not commit {target} ({error}); make that stage again."
         raise SourceError(message) from error

@@ -247,6 +247,15 @@ def test_it_waits_while_dvc_is_busy(project: Path) -> None:
     assert in_lock() == ["fetch"]
 
 
+def test_it_goes_on_where_dvc_was_killed_while_it_wrote_its_lock(project: Path) -> None:
+    """DVC writes that file in place, and refuses everything while it is cut off."""
+    flow(PARAMS)
+    Path("dvc.lock").unlink()
+    Path(".dvc/tmp/rwlock").write_text('{"write": {')
+    versioning.commit(["fetch"], PARAMS)
+    assert in_lock() == ["fetch"]
+
+
 def test_it_does_not_wait_for_ever(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versioning, "PATIENCE", 0.0)
     flow(PARAMS)

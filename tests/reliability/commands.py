@@ -94,6 +94,7 @@ def _child(
 ) -> None:
     """What happens in the process."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
