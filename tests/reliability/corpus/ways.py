@@ -24,7 +24,13 @@ RECORDS = (
     *(*COMMANDS, *FETCH, "flows.provenance", "flows.lineage_tree", "tasks.dvc_store", "dvc.repo"),
     *(f"mlflow.store.{name}.sqlalchemy_store" for name in ("tracking", "model_registry")),
 )
-PAGES = (*COMMANDS, "tasks.report.page", "tasks.report.sections", "scipy.stats", "PIL.PngImagePlugin")
+PAGES = (
+    *COMMANDS,
+    "tasks.report.page",
+    "tasks.report.sections",
+    "scipy.stats",
+    "PIL.PngImagePlugin",
+)
 OTHERS = {  # commands that need other modules than those of records
     **dict.fromkeys(("check", "merge", "extract"), COMMANDS),
     **dict.fromkeys(("report model", "report run"), PAGES),
