@@ -177,7 +177,7 @@ class Checkpoint(TensorFiles):
     @cached_property
     def index(self) -> Mapping[str, str]:
         """Tensor name → shard; empty for a single file."""
-        return _weight_map(self.folder / INDEX) if (self.folder / INDEX).exists() else {}
+        return _weight_map(self.folder / INDEX) if documents.is_there(self.folder / INDEX) else {}
 
     @property
     def ties_embeddings(self) -> bool:
@@ -205,7 +205,7 @@ class Checkpoint(TensorFiles):
 
 def weight_files(folder: Path) -> tuple[str, ...]:
     """Names of the safetensors files that make up the checkpoint in `folder`, sorted."""
-    if (folder / INDEX).exists():
+    if documents.is_there(folder / INDEX):
         files = sorted(set(_weight_map(folder / INDEX).values()))
         for file in files:
             _check_inside(folder, file)

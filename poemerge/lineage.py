@@ -244,6 +244,7 @@ def _check(record: Lineage) -> None:
         texts += [text for pair in table.items() for text in pair]
     if not (isinstance(record.params, Mapping) and all(isinstance(text, str) for text in texts)):
         raise TypeError("a field is of another kind")
+    json.dumps(record.params, allow_nan=False)  # or it could not be handed on
     for name in (name for table in files for name in table):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise ValueError(f"{name} is outside of its folder")

@@ -54,7 +54,7 @@ class Header:
         ends = [self.tensor() for _ in range(self.bounded(tensors, 8))]
         if max(ends, default=0) > len(data) - self.at:
             raise ValueError("a tensor ends beyond the file")
-        if self.layers > tensors:
+        if not 1 <= self.layers <= tensors:
             raise ValueError(f"it claims {self.layers} layers, and has {tensors} tensors")
 
     def take(self, form: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from poemerge.documents import read_json
 from poemerge.errors import SettingError, SourceError
 
 SUFFIX = ".sig"
@@ -64,13 +65,14 @@ def check_signature(folder: Path, key: Path, signature: Path) -> None:
         message = f"{key} is no public key of an elliptic curve in PEM ({_first(error)})."
         raise SettingError(message) from error
     try:
+        read_json(signature)
         verifier.verify(folder, signature)
     except FileNotFoundError as error:
         message = f"{error.filename} does not exist; sign first, or name it with --signature."
         raise SettingError(message) from error
     except InvalidSignature as error:
         raise SourceError(f"{signature} was changed, or is by another key than {key}.") from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged signature makes the library raise anything
         raise SourceError(_sentence(folder, signature, error)) from error
 
 

@@ -1,5 +1,6 @@
 """Kinds of bad input around `lineage.json` and signatures."""
 
+import base64
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,10 @@ WAYS = (
     *("poemerge lineage", "poemerge verify", "poemerge reproduce", "poemerge lineage json"),
     *("poemerge lineage diff", "poemerge report model", "fetch", "merge", "poemerge experts add"),
 )
-
+WRITTEN = (
+    *("items.json", "results.json", "leaderboard.json", "registration.json", "task_vectors.json"),
+    "merge_report.json",
+)
 TEXT = {"type": "string"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 OLD: dict[str, Any] = {  # format 1, a record or a source's parent
@@ -120,21 +124,31 @@ def _sign(folder: Path, random: Random) -> None:
 
 def signed(folder: Path, way: str) -> None:
     """A signature that still holds says the same in what is signed."""
-    now, then = (strict_json(folder / name) for name in ("model.sig", "sound.sig"))
-    envelope = "dsseEnvelope"
-    assert now[envelope]["payload"] == then[envelope]["payload"]
-    assert now[envelope]["signatures"][0]["sig"] == then[envelope]["signatures"][0]["sig"]
+    now, then = (_said(strict_json(folder / name)) for name in ("model.sig", "sound.sig"))
+    assert now == then
+
+
+def _said(signature: Any) -> list[bytes]:
+    """What is signed, and the signature, once decoded."""
+    envelope = signature["dsseEnvelope"]
+    return [
+        base64.b64decode(text) for text in (envelope["payload"], envelope["signatures"][0]["sig"])
+    ]
 
 
 def _written(folder: Path, random: Random) -> None:
     """A file that a run wrote."""
-    path = random.choice(sorted((folder / "run").glob("[emrt]*/**/[imlrt]*.json")))
+    path = random.choice(_results(folder))
     path.write_bytes(trees.spoil_json(path.read_text(), random))
+
+
+def _results(folder: Path) -> list[Path]:
+    return [path for name in WRITTEN for path in sorted((folder / "run").rglob(name))]
 
 
 def reported(folder: Path, way: str) -> None:
     """A report is made of files that are, in what they say, the ones that were written."""
-    for path in (folder / "run").rglob("*.json"):
+    for path in _results(folder):
         assert strict_json(path) == strict_json(folder / "sound" / path.relative_to(folder / "run"))
 
 

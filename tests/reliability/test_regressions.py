@@ -1,0 +1,325 @@
+"""Bad input that once crashed, hung or passed, by name; what the corpus finds is kept here."""
+
+import json
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from shutil import copytree
+from types import FrameType
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import ones
+
+from flows.overrides import parse_override
+from flows.params import read as read_params
+from poemerge.checkpoint import Checkpoint
+from poemerge.documents import LEVELS, check_tree, parse_json
+from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
+from poemerge.lineage import RECORD, Lineage, Source, hash_files
+from poemerge.lora_config import LoraConfig
+from poemerge.merge import merge_checkpoints
+from tasks.evaluate.task_files import find_tasks
+from tasks.fetch import trained_on
+from tasks.fetch.gguf_header import check_header
+from tasks.paired import Outcomes
+from tasks.provenance.history import Evaluation
+from tests.zoo import Zoo
+
+ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    """Nothing here takes long, unless it hangs."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint of one matrix."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"up.weight": ones(2, 2)}, folder / "model.safetensors")
+    return folder
+
+
+def opened(folder: Path) -> None:
+    Checkpoint(folder).close()
+
+
+def parameters(folder: Path) -> None:
+    read_params(folder / "params.yaml")
+
+
+def tasks(folder: Path) -> None:
+    find_tasks(["red"], folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", opened),
+        ("model.safetensors", opened),
+        ("model.safetensors.index.json", opened),
+        (RECORD, Lineage.find),
+        ("params.yaml", parameters),
+        ("red.yaml", tasks),
+    ],
+)
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_a_fifo_or_a_loop_of_links_in_place_of_a_file(
+    model: Path, name: str, read: Callable[[Path], Any], put: Callable[[Path], None]
+) -> None:
+    (model / name).unlink(missing_ok=True)
+    put(model / name)
+    with pytest.raises(PoemergeError):
+        read(model)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[" * 600 + "]" * 600, '"\\ud800"', '{"\\udfff": 1}']
+)
+def test_json_that_is_too_deep_or_no_text(model: Path, text: str) -> None:
+    for name, read, error in (
+        ("config.json", opened, CheckpointError),
+        (RECORD, Lineage.find, SourceError),
+    ):
+        (model / name).write_text(f'{{"a": {text}}}')
+        with pytest.raises(error, match="unreadable"):
+            read(model)
+        (model / name).unlink()
+
+
+def test_a_tree_that_holds_itself_or_stands_for_too_much() -> None:
+    knot: list[object] = []
+    knot.append(knot)
+    bomb: list[object] = ["x"] * 9
+    for _ in range(9):
+        bomb = [bomb] * 9
+    for tree in (knot, bomb):
+        with pytest.raises(ValueError, match="more than"):
+            check_tree(tree)
+    assert parse_json("[" * (LEVELS - 1) + "]" * (LEVELS - 1))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"text_config": "x"},
+        {"text_config": {"vocab_size": "96"}},
+        {"vocab_size": True},
+        {"tie_word_embeddings": "false"},
+        {"model_type": []},
+        {"architectures": 5},
+    ],
+)
+def test_a_config_of_other_types(model: Path, config: dict[str, Any]) -> None:
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config.json has .*; fetch it again"):
+        opened(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": "4"},
+        {"r": True},
+        {"r": None},
+        {"lora_alpha": "8"},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**400},
+        {"rank_pattern": []},
+        {"rank_pattern": {"(": 4}},
+        {"alpha_pattern": {"(a+)+$": 4}},
+        {"alpha_pattern": {"a*a*a*a*a*a*b": 4}},
+        {"alpha_pattern": {"q_proj": "4"}},
+        {"use_rslora": "no"},
+        {"task_type": 5},
+    ],
+)
+def test_an_adapter_config_of_other_types(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(ADAPTER | config))
+    with pytest.raises(CheckpointError, match="PEFT does not write; save the adapter again"):
+        LoraConfig.read(path)
+
+
+@pytest.mark.parametrize("shape", [[1] * 100, [0, 2**63]])
+def test_a_shape_that_torch_cannot_have(model: Path, shape: list[int]) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 if shape[0] else 0]}
+    text = json.dumps({"up.weight": entry}).encode()
+    body = b"\0" * entry["data_offsets"][1]
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    with pytest.raises(CheckpointError, match=r"has the shape .*; fetch it again"):
+        opened(model)
+
+
+def test_a_shard_with_a_name_too_long(model: Path) -> None:
+    index = {"weight_map": {"up.weight": "x" * 5_000}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is missing"):
+        opened(model)
+
+
+def test_a_message_is_one_short_line_whatever_stands_in_it() -> None:
+    said = str(CheckpointError(f"a\n\x1b[31m\u202e{'x' * 10_000_000} is bad; mend it."))
+    assert said.isprintable()
+    assert len(said) < 2_000
+    assert said.startswith("a\\n\\x1b[31m\\u202ex")
+    assert said.endswith("x is bad; mend it.")
+
+
+def test_side_files_that_are_no_files(zoo: Zoo, tmp_path: Path) -> None:
+    base = copytree(zoo.base(), tmp_path / "base")
+    (base / "more.json").mkdir()
+    os.mkfifo(base / "vocab.txt")
+    (base / "zeros.txt").symlink_to("/dev/zero")
+    merge_checkpoints(base, [zoo.full(1)], tmp_path / "out", "average", device="cpu")
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not made & {"more.json", "vocab.txt", "zeros.txt"}
+    assert "tokenizer.json" in made
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": 5},
+        {"params": []},
+        {"params": None},
+        {"params": {"a": float("inf")}},
+        {"outputs": {"a": 1}},
+        {"outputs": ["a"]},
+        {"inputs": {"a": 1}},
+        {"inputs": [{"name": "a", "files": {"../../a": "b"}}]},
+        {"inputs": [{"name": "a", "files": {"/a": "b"}}]},
+        {"inputs": [{"name": "a", "files": {}, "parent": {"stage": "merge"}}]},
+        {"inputs": [{"name": "a", "files": {}, "parent": "x"}]},
+        {"packages": None},
+    ],
+)
+def test_a_record_of_other_kinds(tmp_path: Path, change: dict[str, Any]) -> None:
+    record = {"stage": "merge", "params": {}, "inputs": [], **change}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    with pytest.raises(SourceError, match="no lineage record"):
+        Lineage.find(tmp_path)
+
+
+def test_a_fetched_expert_whose_record_names_no_source(tmp_path: Path) -> None:
+    Lineage("fetch", {}).write(tmp_path)
+    assert trained_on(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [&a [x, x], &b [*a, *a]"
+        + "".join(
+            f", &{n} [{', '.join([f'*{m}'] * 9)}]"
+            for m, n in zip("bcdefgh", "cdefghi", strict=True)
+        )
+        + "]",
+        "a: &a [*a]",
+        "a: " + "[" * 5_000,
+        "a: !!float x",
+        "a: !!timestamp x",
+        "a: !!python/object/apply:os.system ['true']",
+        "a: 2001-99-99",
+        'a: "\\ud800"',
+        "a: " + "x" * 300_000,
+    ],
+    ids=lambda text: text[:30],
+)
+def test_yaml_that_is_a_bomb_or_worse(tmp_path: Path, text: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(SettingError, match="no readable YAML"):
+        parameters(tmp_path)
+    (tmp_path / "params.yaml").rename(tmp_path / "red.yaml")
+    with pytest.raises(SettingError, match=r"red\.yaml"):
+        tasks(tmp_path)
+
+
+def test_a_value_on_the_command_line_that_is_too_deep() -> None:
+    with pytest.raises(SettingError, match="no YAML"):
+        parse_override("merge.seed=" + "[" * 5_000)
+
+
+@pytest.mark.parametrize(
+    "line", ["include: 5", "include: [{}]", "dataset_kwargs: x", "dataset_path: []"]
+)
+def test_a_task_of_other_types(tmp_path: Path, line: str) -> None:
+    (tmp_path / "red.yaml").write_text(f"task: red\n{line}\n")
+    with pytest.raises(SettingError, match="which lm-eval does not know; correct it"):
+        tasks(tmp_path)
+
+
+def gguf(facts: bytes, count: int, tensors: int = 0) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, tensors, count) + facts
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        gguf(b"", 2**60),
+        gguf(b"", 0, 2**60),
+        gguf(struct.pack("<Q1sIIQ", 1, b"a", 9, 0, 2**60), 1),
+        gguf(struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**60), 1),
+        gguf(struct.pack("<Q1sIIQ", 1, b"a", 9, 9, 1), 1),
+        gguf(struct.pack("<Q", 2**63), 1),
+        gguf(struct.pack("<Q13sII", 13, b"x.block_count", 4, 2**32 - 1), 1),
+        gguf(struct.pack("<Q1sIQIQ", 1, b"a", 1, 2**40, 0, 0), 0, 1),
+    ],
+)
+def test_a_gguf_header_that_claims_what_no_file_holds(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"\w"):
+        check_header(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [5, {"ids": ["a"]}, {"ids": "a", "outcomes": [True]}, {"ids": [1], "outcomes": [1]},
+     {"ids": ["a"], "outcomes": [float("nan")]}, {"ids": ["a", "b"], "outcomes": [1]}],
+)  # fmt: skip
+def test_items_of_other_kinds(tmp_path: Path, cell: object) -> None:
+    (tmp_path / "items.json").write_text(json.dumps({"red": {"test": cell}}))
+    with pytest.raises(SourceError, match="run evaluate again"):
+        Outcomes.read(tmp_path, ["red"], "test")
+
+
+@pytest.mark.parametrize("results", [[], {}, {"scores": {"red": 5}}, {"scores": {"a": {"b": {}}}}])
+def test_results_of_other_kinds(tmp_path: Path, results: object) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SourceError, match="evaluate again"):
+        Evaluation.read(tmp_path)
+
+
+def test_a_record_that_asks_for_more_than_a_merge(zoo: Zoo, tmp_path: Path) -> None:
+    from poemerge.methods import METHODS
+    from tasks.provenance.reproduce import Reach, reproduce
+
+    assert "average" in METHODS
+    sound = {"method": "average", "settings": {}, "device": "cpu"}
+    inputs = (Source("base", hash_files(zoo.base()), str(zoo.base())),)
+    for params in (
+        {},
+        sound | {"overwrite": True},
+        sound | {"seed": "x"},
+        sound | {"settings": {"device": "cpu"}},
+        sound | {"settings": []},
+    ):
+        Lineage("merge", params, inputs).write(tmp_path)
+        with pytest.raises(PoemergeError):
+            reproduce(str(tmp_path), tmp_path / "out", Reach(lambda _: None), lambda *_: tmp_path)
