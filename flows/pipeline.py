@@ -32,7 +32,7 @@ UP_TO_DATE = "UpToDate"  # name of the Prefect state of a run that had nothing t
 logger = logging.getLogger("flows.pipeline")  # Prefect loads this file under a name of its own
 
 
-@flow(name="poemerge", persist_result=False)
+@flow(name="poemerge", persist_result=False, result_serializer="json")
 def pipeline(
     params: str = "params.yaml",
     overrides: Sequence[str] = (),
@@ -129,7 +129,7 @@ def _run_step(step: Step) -> bool:
 
 
 def _named(step: Step) -> Task[Any, bool]:
-    """Nothing is kept by Prefect: a stored result names its own serializer, which may be pickle."""
+    """Prefect keeps no result: a stored one says by what it is read, and that may be pickle."""
     return step.task.with_options(
         task_run_name=step.name, persist_result=False, cache_policy=NO_CACHE
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 from flows.cli import main
@@ -102,11 +103,11 @@ def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_lowest_versions_are_within_what_is_stated() -> None:
     pins = (line.split("==") for line in (ROOT / ".ci/lowest.txt").read_text().splitlines())
-    pinned = {pin[0].replace("_", "-").lower(): pin[1] for pin in pins if len(pin) == 2}
+    pinned = {canonicalize_name(pin[0]): pin[1] for pin in pins if len(pin) == 2}
     with (ROOT / "pyproject.toml").open("rb") as file:
         stated = [Requirement(text) for text in tomllib.load(file)["project"]["dependencies"]]
     for each in stated:
-        assert each.specifier.contains(pinned[each.name.replace("_", "-").lower()]), each
+        assert each.specifier.contains(pinned[canonicalize_name(each.name)]), each
 
 
 def test_ci_makes_what_the_makefile_has() -> None:

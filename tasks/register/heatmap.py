@@ -41,7 +41,8 @@ def _draw(grid: np.ndarray, labels: list[str], columns: list[str]) -> Figure:
     figure = Figure(figsize=size, dpi=150, layout="constrained")  # no pyplot: nothing global
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(width), columns)
+    names = [name.replace("$", r"\$") for name in columns]  # begins no formula
+    axes.set_xticks(range(width), names)
     axes.set_yticks(range(rows), labels)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)

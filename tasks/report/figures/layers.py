@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tasks.report.figures.style import MARKERS, SMALL, Theme, log_scale, panels
+from tasks.report.figures.style import MARKERS, SMALL, Theme, log_scale, panels, plain
 from tasks.report.merges import Merge
 from tasks.report.numbers import Numbers
 
@@ -46,7 +46,7 @@ def lines(
                 layers,
                 heights,
                 color=colours[name],
-                label=name,
+                label=plain(name),
                 linewidth=1.3,
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=3.5,
@@ -80,7 +80,7 @@ def shares(numbers: Numbers, merge: Merge, theme: Theme) -> Figure:
         edges = _edges(means[0][0])
         sides = np.arange(len(merge.experts) + 1) - 0.5
         image = axis.pcolormesh(edges, sides, cells, cmap=theme.sequential, vmin=0, vmax=top)
-        axis.set_yticks(range(len(merge.experts)), merge.experts)
+        axis.set_yticks(range(len(merge.experts)), map(plain, merge.experts))
         axis.tick_params(axis="y", length=0)
         axis.spines[:].set_visible(False)
         _dress(axis, module)
@@ -141,5 +141,5 @@ def _name_level(axis: Axes, words: str, level: float) -> None:
 
 
 def _dress(axis: Axes, module: str) -> None:
-    axis.set_title(module, pad=3)
+    axis.set_title(plain(module), pad=3)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from tasks.report.figures.style import SMALL, Theme, grid_of_cells, new_figure
+from tasks.report.figures.style import SMALL, Theme, grid_of_cells, new_figure, plain
 from tasks.report.numbers import Candidate, Numbers
 
 ROW = 0.3  # inches
@@ -37,7 +37,7 @@ def leaderboard(numbers: Numbers, theme: Theme) -> Figure:
     axes = figure.subplots()
     for y, row in enumerate(rows):
         _dot(axes, y, row, colours.get(row.label, theme.faint), theme)
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_yticks(range(len(rows)), [plain(row.label) for row in rows])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)

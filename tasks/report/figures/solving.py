@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tasks.report.figures.style import SMALL, Theme, grid_of_cells, new_figure, panels
+from tasks.report.figures.style import SMALL, Theme, grid_of_cells, new_figure, panels, plain
 from tasks.report.numbers import Numbers
 
 FLOOR = 1e-12  # of the whole fall: rounding
@@ -34,7 +34,7 @@ def energy(numbers: Numbers, theme: Theme) -> Figure:
         opacity = max(0.04, min(0.6, 8 / len(curves)))
         for curve in curves:
             axis.plot(curve, color=colours[merge.label], linewidth=1, alpha=opacity)
-        axis.set_title(merge.label, pad=3)
+        axis.set_title(plain(merge.label), pad=3)
         axis.grid()
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes[0].set_yscale("log")

@@ -135,6 +135,11 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
+def plain(name: str) -> str:
+    """A name as it is written: a `$` in it begins no formula."""
+    return name.replace("$", r"\$")
+
+
 def themed(theme: Theme) -> Any:
     """A context in which figures are made and saved."""
     return mpl.rc_context({**mpl.rcParamsDefault, **theme.settings})
@@ -162,8 +167,9 @@ def panels(count: int, height: float, columns: int = 2, **how: Any) -> tuple[Fig
 
 def grid_of_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Names along a matrix, columns above it, slanted."""
-    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
+    names = [plain(name) for name in columns]
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="left", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), [plain(name) for name in rows])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks.report.figures.style import SMALL, Theme, panels
+from tasks.report.figures.style import SMALL, Theme, panels, plain
 
 FAMILIES = {
     "gaussian": "Gaussian",
@@ -27,7 +27,7 @@ def densities(residuals: Mapping[str, Mapping[str, Any]], theme: Theme) -> Figur
     seen = np.concatenate([_seen(found)[1] for found in residuals.values()])
     for axis, (label, found) in zip(axes, residuals.items(), strict=True):
         _panel(axis, found, theme)
-        axis.set_title(label, pad=3)
+        axis.set_title(plain(label), pad=3)
         axis.grid()
     axes[0].set_xscale("log")
     axes[0].set_yscale("log")
