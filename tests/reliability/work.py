@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,10 @@ class Work:
     def seconds(self, name: str, times: int) -> float:
         """Of the processor; the least of several."""
         return min(_seconds(getattr(self, name)) for _ in range(times))
+
+    def all(self, steps: Iterable[str]) -> list[float]:
+        """Seconds of one step after the other."""
+        return [self.seconds(step, 1) for step in steps]
 
     def check(self) -> None:
         with plan_merge(self.base, self.experts, "cauchy_poe", {}) as plan:
