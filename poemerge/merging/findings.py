@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -151,12 +151,12 @@ def _precision(one: Impression, stored: set[torch.dtype]) -> Iterator[str]:
         return
     part, lost = sqrt(one.rounding / one.square), sqrt(one.lost / one.square)
     name = one.expert.name
-    if part > ROUNDING:
+    if ROUNDING < part < inf:
         yield (
             f"Expert {name!r} is stored as {_names(one.dtypes)}, and rounding the base to that is "
             f"{part:.0%} of what it changes; give it, or the base, in the dtype it was trained in."
         )
-    if lost > ROUNDING:
+    if ROUNDING < lost < inf:  # what does not fit at all, the merge refuses
         yield (
             f"Rounding to {_names(stored)} is {lost:.0%} of what expert {name!r} changes; choose a "
             "wider `dtype` for the merge."

@@ -17,7 +17,7 @@ from poemerge.rules import is_tied_head, is_vocabulary
 
 VALUES = 4096  # of a tensor that are looked at, in whole rows
 LEAST_ROWS = 8  # of a matrix, however long they are
-READS = 4096  # in all; of more tensors than that allows, some are passed over
+READS = 2048  # in all; of more tensors than that allows, some are passed over
 SLICE = 1 << 22  # values that are read at a time where all are
 APART = 0.5  # of the base's own numbers left; a fine-tune keeps nearly all, another model none
 SURE = 4  # standard deviations by which what is left must be below that: few numbers say little

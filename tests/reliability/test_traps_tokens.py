@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.cli import main
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.merge import expert_weights, merge_checkpoints
 from poemerge.vocabulary import read_vocabulary
@@ -188,6 +190,20 @@ def test_ties(trials: Trials, zoo: Zoo, tmp_path: Path) -> None:
 
 def ends(trap: Trap) -> str:
     return trap.draw.choice(["lm_head", "embed_tokens"])
+
+
+def test_a_token_that_looks_like_markup(zoo: Zoo, tmp_path: Path) -> None:
+    """Is shown as it is, by the command too."""
+    trap = Trap(zoo, tmp_path, 0)
+    base, expert = trap.copy(zoo.base(), "base"), grown(trap, "a", ["[/INST]"], tied=False)
+    model = load(zoo.base())
+    model.resize_token_embeddings(SIZE + 1, mean_resizing=False)
+    save(model, base)  # with a row to spare
+    words = ["check", "--base", str(base), "--expert", str(expert), "--method", "average"]
+    found = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert found.exit_code == 0
+    said = "has the token '[/INST]', which the base's tokenizer and so the merge lack"
+    assert said in " ".join(found.output.split())
 
 
 def test_an_expert_is_scored_with_its_rows_by_token(zoo: Zoo, tmp_path: Path) -> None:
