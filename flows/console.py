@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -160,7 +161,7 @@ def show_plan(plan: "Plan", device: Any, budget: int | None, seconds: float) -> 
             table.add_row(*said, count, shape, form, batch)
     console.print(table)
     for note in plan.notes:
-        console.print(f"[yellow]note[/] {note}")
+        console.print(f"[yellow]note[/] {escape(note)}")
     console.print(
         f"peak memory about {plan.peak_bytes(device, budget) / 1e9:.2f} GB; reads "
         f"{plan.read_bytes / 1e9:.2f} GB; about {seconds:.0f} s on this machine"

@@ -11,6 +11,7 @@ from flows.params import LABEL, EvaluateParams
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.lineage import digest, hash_files
 from poemerge.merging.plan import plan_merge
+from poemerge.merging.terms import Terms
 from tasks import library
 from tasks.evaluate import RESULTS, evaluate
 from tasks.fetch import Base, fetch, identify, trained_on
@@ -81,7 +82,9 @@ def _check_base(source: str, place: Path, base: Base, folder: Path) -> None:
             "base with --base."
         )
     try:
-        with plan_merge(folder, {place.name: place}, "average", {}) as plan:
+        with plan_merge(
+            folder, {place.name: place}, "average", {}, Terms(vocabulary="base")
+        ) as plan:
             for note in plan.notes:
                 logger.warning("%s", note)
     except CheckpointError as error:

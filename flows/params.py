@@ -63,6 +63,12 @@ class MergeParams(Section):
     strength: float = Field(ge=0)
     seed: int = Field(ge=0)
     memory: float | None = Field(gt=0)
+    vocabulary: Literal["refuse", "pad", "base"] = Field(
+        "refuse", description="of token rows that do not fit (docs/traps.md)"
+    )
+    foreign: Literal["refuse", "warn"] = Field(
+        "refuse", description="of an expert that was not fine-tuned from the base"
+    )
     methods: dict[Label, dict[str, Any]] = Field(min_length=1)
 
     def candidate(self, label: str) -> tuple[str, dict[str, Any]]:

@@ -105,6 +105,8 @@ def merge_arguments(places: Places, method: str, settings: Mapping[str, Any]) ->
         "dtype": merging.dtype,
         "seed": merging.seed,
         "memory": in_bytes(merging.memory),
+        "vocabulary": merging.vocabulary,
+        "foreign": merging.foreign,
     }
 
 

@@ -6,7 +6,7 @@ fits the module; it is applied once, here.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from poemerge.task_vector import LowRank
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."  # PEFT saves a copy of the embedding that it adapts
+ORIGINAL = ".original_module."  # and one of a module that it keeps whole, where that was resized
 # What changes the algebra in a way that two factors do not show.
 UNSUPPORTED = (
     "use_dora",
@@ -46,6 +47,12 @@ class LoraConfig:
     rslora: bool
     fan_in_fan_out: bool
     task: str | None  # PEFT's name for what the model is: CAUSAL_LM, SEQ_2_SEQ_LM, ...
+    saved: tuple[str, ...] = ()  # PEFT's modules_to_save
+
+    def saves(self, tensor: str) -> bool:
+        """True for a tensor of a module that is trained and kept whole."""
+        module = tensor.rpartition(".")[0]
+        return any(module == name or module.endswith(f".{name}") for name in self.saved)
 
     def rank_of(self, module: str) -> int:
         """R for a module such as `model.layers.0.self_attn.q_proj`."""
@@ -95,6 +102,14 @@ class Adapter(TensorFiles):
         self.base_layers = {new.get(n, n): key for n, key in self.base_layers.items()}
         self.replaced = {new.get(n, n): key for n, key in self.replaced.items()}
 
+    def drop(self, names: Collection[str]) -> list[str]:
+        """Forget what it changes in these tensors of the base; those that it did change."""
+        gone = [name for name in names if name in self.factors or name in self.replaced]
+        for name in gone:
+            for table in (self.factors, self.replaced, self.base_layers):
+                table.pop(name, None)
+        return gone
+
     def shape(self, name: str) -> tuple[int, int, int]:
         """(O, R, I) of the update of base tensor `name`, from the headers.
 
@@ -103,7 +118,7 @@ class Adapter(TensorFiles):
         """
         down, up = (self.tensors[key].shape for key in self.factors[name])
         expected = self.lora.rank_of(self._module(name))
-        if not (len(up) == len(down) == 2 and up[1] == down[0] == expected):
+        if not (len(up) == len(down) == 2 and up[1] == down[0] == expected > 0):
             raise CheckpointError(
                 f"{name} in {self.folder / ADAPTER} has factors {up} and {down}, but {CONFIG} says "
                 f"rank {expected}; save the adapter again."
@@ -144,7 +159,7 @@ class Adapter(TensorFiles):
     def _whole_tensors(self) -> dict[str, str]:
         """Base tensor → name of the full replacement (PEFT's modules_to_save)."""
         used = {key for pair in self.factors.values() for key in pair}
-        rest = [key for key in self.tensors if key not in used]
+        rest = [key for key in self.tensors if key not in used and ORIGINAL not in key]
         for key in rest:
             if "lora_" in key:
                 raise CheckpointError(
@@ -181,6 +196,7 @@ def _parse(path: Path) -> LoraConfig:
         rslora=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         task=config.get("task_type"),
+        saved=tuple(config.get("modules_to_save") or ()),
     )
 
 

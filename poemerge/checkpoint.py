@@ -41,9 +41,14 @@ class TensorInfo:
     file: str
 
     @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Size on disk in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     @property
     def is_float(self) -> bool:
@@ -247,10 +252,16 @@ def _starts(descriptor: int) -> dict[str, int]:
 
 
 def _info(path: Path, name: str, header: Any) -> TensorInfo:
-    dtype = DTYPES.get(header.get_dtype())
+    stored = header.get_dtype()
+    dtype = DTYPES.get(stored)
+    if stored.startswith("C"):
+        raise CheckpointError(
+            f"{name} in {path} holds complex numbers ({stored}), which are not merged; store their "
+            "real and imaginary parts as two tensors."
+        )
     if dtype is None or (name.endswith(".weight") and dtype in {torch.int8, torch.uint8}):
         raise CheckpointError(
-            f"{name} in {path} is stored as {header.get_dtype()}, a quantised format; merge the "
+            f"{name} in {path} is stored as {stored}, a quantised format; merge the "
             "unquantised checkpoint."
         )
     return TensorInfo(name, tuple(header.get_shape()), dtype, path.name)

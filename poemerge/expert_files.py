@@ -1,6 +1,5 @@
 """Experts on disk, full checkpoints and LoRA adapters alike, seen as updates of the base."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -10,8 +9,21 @@ from torch import Tensor
 from poemerge.adapter import Adapter, is_adapter
 from poemerge.checkpoint import Checkpoint, Rows, TensorFiles, TensorInfo
 from poemerge.errors import CheckpointError
-from poemerge.rules import is_head, is_tied_head
+from poemerge.fitting import (
+    align,
+    check_fit,
+    check_shape,
+    has_place,
+    heads_from_embedding,
+    require_common,
+    shapes_of,
+    token_matrices,
+    untied_target,
+    untied_tensor,
+)
+from poemerge.rules import is_head
 from poemerge.task_vector import Dense, LowRank, Update
+from poemerge.token_rows import REFUSE, TokenRows, gather, match_rows
 
 
 class Expert(Protocol):
@@ -20,6 +32,9 @@ class Expert(Protocol):
     name: str
     folder: Path
     extra: tuple[str, ...]  # tensors that cannot be merged, since the base lacks or ties them
+    untied: str  # a tensor that it changes at one end of what the base ties; empty if there is none
+    tokens: TokenRows  # how its rows of embedding and head lie to the base's
+    notes: tuple[str, ...]  # sentences on what was bridged
 
     def votes(self, info: TensorInfo) -> bool:
         """False if the expert lacks this tensor, so that the others decide alone."""
@@ -39,6 +54,9 @@ class Expert(Protocol):
     def factors(self, info: TensorInfo) -> LowRank:
         """The update in factors, fp32, on the CPU, where `rank` is a number; maybe not finite."""
 
+    def weight(self, info: TensorInfo, rows: Rows | None) -> Tensor | None:
+        """Its own rows of a tensor as they are stored; None where it has an update in factors."""
+
     def close(self) -> None:
         """Let go of the files."""
 
@@ -46,19 +64,40 @@ class Expert(Protocol):
 class FullExpert:
     """A full fine-tuned checkpoint; a prefix that only one side has in its names is bridged."""
 
-    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
+    def __init__(self, name: str, folder: Path, base: Checkpoint, vocabulary: str) -> None:
         self.name, self.folder = name, folder
         self._checkpoint = Checkpoint(folder)
-        self._names = _align(name, folder, base, _shapes(self._checkpoint))
-        _require_common(name, folder, base, self._names)
-        for own, other in self._names.items():
-            _check_shape(name, self._checkpoint.tensors[other].shape, base.tensors[own])
+        self._names = align(name, folder, base, shapes_of(self._checkpoint))
+        require_common(name, folder, base, self._names)
+        self.untied = untied_tensor(self._checkpoint, self._names, base)
+        tied = heads_from_embedding(self._names, self._checkpoint, base)
+        self._names |= tied
+        self.tokens = self._match(base, vocabulary)
         known = set(self._names.values())
         self.extra = tuple(
             name
             for name in self._checkpoint.tensors
             if name not in known and not (base.ties_embeddings and is_head(name))
         )
+        if not self.tokens.kept:
+            tables = token_matrices(self._names, base)
+            self._names = {own: n for own, n in self._names.items() if own not in tables}
+        stands = f"Expert {name!r} ties {{}} to its embedding, which stands for it here."
+        notes = (self.tokens.note, *(stands.format(head) for head in tied))
+        self.notes = tuple(note for note in notes if note)
+
+    def _match(self, base: Checkpoint, vocabulary: str) -> TokenRows:
+        """Check what it has of the base, and find the base's tokens among its own."""
+        tables = token_matrices(self._names, base)
+        for own, other in self._names.items():
+            check_fit(
+                self.name,
+                self._checkpoint.tensors[other],
+                base.tensors[own],
+                any_rows=own in tables,
+            )
+        rows = {own: self._checkpoint.tensors[self._names[own]].shape[0] for own in tables}
+        return match_rows(self.name, self.folder, rows, base, vocabulary)
 
     def votes(self, info: TensorInfo) -> bool:
         """True if the checkpoint holds the tensor."""
@@ -74,15 +113,19 @@ class FullExpert:
 
     def update(self, info: TensorInfo, base: Tensor) -> Update:
         """W - W₀."""
-        weight = self._checkpoint.read(self._names[info.name]).to(base.device).float()
-        check_finite(weight, info.name, f"expert {self.name!r} ({self.folder})")
-        return Dense(weight - base)
+        delta = torch.empty_like(base)
+        self.fill(info, base, delta, None)
+        check_finite(delta, info.name, f"expert {self.name!r} ({self.folder})")
+        return Dense(delta)
 
     def fill(self, info: TensorInfo, base: Tensor, out: Tensor, rows: Rows | None) -> None:
         """W - W₀."""
-        pinned = out.device.type == "cuda"
-        weight = self._checkpoint.read(self._names[info.name], rows, pinned=pinned)
-        out.copy_(weight, non_blocking=pinned).sub_(base)
+        order = self.tokens.order.get(info.name)
+        _subtract(self._checkpoint, (self._names[info.name], order), base, out, rows)
+
+    def weight(self, info: TensorInfo, rows: Rows | None) -> Tensor | None:
+        """As the checkpoint stores it."""
+        return self._checkpoint.read(self._names[info.name], rows)
 
     def factors(self, info: TensorInfo) -> LowRank:
         """There are none."""
@@ -99,24 +142,41 @@ class AdapterExpert:
     Its names may be those of a part of the base, such as the vision tower that it was trained on.
     """
 
-    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
+    def __init__(self, name: str, folder: Path, base: Checkpoint, vocabulary: str) -> None:
         self.name, self.folder = name, folder
         self.adapter = Adapter(folder)
-        self.adapter.rename(_align(name, folder, base, self.adapter.shapes))
+        self.adapter.rename(align(name, folder, base, self.adapter.shapes))
         targets = (*self.adapter.factors, *self.adapter.replaced)
-        _require_common(name, folder, base, {t: t for t in targets if t in base.tensors})
-        self.extra = tuple(sorted(t for t in targets if not _has_place(t, base)))
-        self._check_shapes(base)
+        require_common(name, folder, base, {t: t for t in targets if t in base.tensors})
+        self.untied = untied_target(self.adapter, base)
+        self.extra = tuple(sorted(t for t in targets if not has_place(t, base) and not is_head(t)))
+        self.tokens = self._match(base, vocabulary)
+        self.notes = tuple(note for note in (self.tokens.note,) if note)
+        self._silent = frozenset[str]()
+        if not self.tokens.kept:
+            self._silent = frozenset(self.adapter.drop(token_matrices(base.tensors, base)))
         self._check_base_layers(base)
 
-    def _check_shapes(self, base: Checkpoint) -> None:
-        for name, key in self.adapter.replaced.items():
-            if name in base.tensors:
-                _check_shape(self.name, self.adapter.tensors[key].shape, base.tensors[name])
-        for name in self.adapter.factors:
-            rows, _, columns = self.adapter.shape(name)
-            if name in base.tensors:
-                _check_shape(self.name, (rows, columns), base.tensors[name])
+    def _match(self, base: Checkpoint, vocabulary: str) -> TokenRows:
+        """Check what it has of the base, and find the base's tokens among its own."""
+        shapes = {n: shape for n, shape in self.adapter.shapes.items() if n in base.tensors}
+        tables = token_matrices(shapes, base)
+        for own, shape in shapes.items():
+            if own in self.adapter.replaced:
+                replaced = self.adapter.tensors[self.adapter.replaced[own]]
+                check_fit(self.name, replaced, base.tensors[own], any_rows=own in tables)
+            elif own not in tables:
+                check_shape(self.name, shape, base.tensors[own])
+        rows = {own: shapes[own][0] for own in tables}
+        tokens = match_rows(self.name, self.folder, rows, base, vocabulary)
+        for own in tables:
+            if own in self.adapter.factors and own in tokens.order:
+                raise CheckpointError(
+                    f"Expert {self.name!r} ({self.folder}) adapts {own} in factors, whose rows "
+                    "are not matched by token; merge it into its base with PEFT and give the full "
+                    "checkpoint, or choose vocabulary base."
+                )
+        return tokens
 
     def _check_base_layers(self, base: Checkpoint) -> None:
         for name, key in self.adapter.base_layers.items():
@@ -129,9 +189,9 @@ class AdapterExpert:
                     "into its own base with PEFT and give the full checkpoint."
                 )
 
-    def votes(self, info: TensorInfo) -> bool:  # noqa: ARG002
-        """Always: an untouched tensor is the base's own."""
-        return True
+    def votes(self, info: TensorInfo) -> bool:
+        """An untouched tensor is the base's own; a vocabulary that does not fit says nothing."""
+        return info.name not in self._silent
 
     def rank(self, info: TensorInfo) -> int | None:
         """Rank of the factors; None for a tensor that the adapter replaces whole."""
@@ -148,9 +208,10 @@ class AdapterExpert:
         """Scaled factors, a dense difference for replaced tensors, zero for the rest."""
         where = f"expert {self.name!r} ({self.folder})"
         if info.name in self.adapter.replaced:
-            weight = self.adapter.read(self.adapter.replaced[info.name]).to(base.device).float()
-            check_finite(weight, info.name, where)
-            return Dense(weight - base)
+            delta = torch.empty_like(base)
+            self.fill(info, base, delta, None)
+            check_finite(delta, info.name, where)
+            return Dense(delta)
         if info.name in self.adapter.factors:
             factors = self.adapter.update(info.name).to(base.device, torch.float32)
             check_finite(factors.up, info.name, where)
@@ -163,7 +224,8 @@ class AdapterExpert:
     def fill(self, info: TensorInfo, base: Tensor, out: Tensor, rows: Rows | None) -> None:
         """The factors multiplied out, a difference for replaced tensors, zero for the rest."""
         if info.name in self.adapter.replaced:
-            out.copy_(self.adapter.read(self.adapter.replaced[info.name], rows)).sub_(base)
+            order = self.tokens.order.get(info.name)
+            _subtract(self.adapter, (self.adapter.replaced[info.name], order), base, out, rows)
         elif info.name in self.adapter.factors:
             both = self.factors(info).to(out.device, torch.float32)
             up = both.up if rows is None else both.up[slice(*rows)]
@@ -177,20 +239,51 @@ class AdapterExpert:
             return LowRank.zero(*info.shape)
         return self.adapter.update(info.name)
 
+    def weight(self, info: TensorInfo, rows: Rows | None) -> Tensor | None:
+        """What the adapter puts in the place of the base's, where it does so."""
+        key = self.adapter.replaced.get(info.name)
+        return None if key is None else self.adapter.read(key, rows)
+
     def close(self) -> None:
         """Let go of the files."""
         self.adapter.close()
 
 
-def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
+def open_expert(name: str, folder: Path, base: Checkpoint, vocabulary: str = REFUSE) -> Expert:
     """Open `folder` as an adapter or a full checkpoint that was fine-tuned from `base`.
+
+    Args:
+        name: of the expert.
+        folder: of the expert.
+        base: checkpoint.
+        vocabulary: what becomes of token rows that do not fit: `refuse`, `pad` or `base`.
 
     Raises:
         SourceError: there is nothing to open.
         CheckpointError: it does not fit the base.
     """
     kind = AdapterExpert if is_adapter(folder) else FullExpert
-    return kind(name, folder, base)
+    return kind(name, folder, base, vocabulary)
+
+
+def _subtract(
+    files: TensorFiles,
+    placed: tuple[str, Tensor | None],  # the tensor's name, and its row for each of the base's
+    base: Tensor,
+    out: Tensor,
+    rows: Rows | None,
+) -> None:
+    """Write W - W₀ of those rows into `out`; zero where W has no row for one of the base's."""
+    key, order = placed
+    if order is None:
+        pinned = out.device.type == "cuda"
+        out.copy_(files.read(key, rows, pinned=pinned), non_blocking=pinned).sub_(base)
+        return
+    wanted = order if rows is None else order[slice(*rows)]
+    known = (wanted >= 0).nonzero().flatten()
+    found, at = gather(files, key, wanted[known]).to(out), known.to(out.device)
+    out.zero_()
+    out[at] = found - base[at]
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -207,58 +300,4 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
     if not is_finite(tensor):
         raise CheckpointError(
             f"{name} of {where} holds NaN or infinite values; train or export it again."
-        )
-
-
-Shapes = Mapping[str, tuple[int, ...]]  # by the name of the tensor
-
-
-def _shapes(files: TensorFiles) -> Shapes:
-    return {name: info.shape for name, info in files.tensors.items()}
-
-
-def _align(name: str, folder: Path, base: Checkpoint, expert: Shapes) -> dict[str, str]:
-    """Base name → expert name, under the prefix that matches most (none if it is as good).
-
-    Two towers of one model have tensors of like names: the shapes tell them apart.
-
-    Raises:
-        CheckpointError: two parts of the base fit the expert equally well.
-    """
-    wanted = _shapes(base)
-    cut = sorted({"", *(name.split(".")[0] + "." for name in (*wanted, *expert))})
-    options = [{n: n.removeprefix(p) for n in wanted} for p in cut]
-    options += [{n: p + n for n in wanted} for p in cut]
-    matches = [{n: e for n, e in names.items() if e in expert} for names in options]
-
-    def fit(names: Mapping[str, str]) -> tuple[int, int]:
-        return sum(wanted[n] == expert[e] for n, e in names.items()), len(names)
-
-    best = max(matches, key=fit)
-    rival = next((m for m in matches if m != best and fit(m) == fit(best)), None)
-    if rival is not None and best != matches[0]:
-        raise CheckpointError(
-            f"Expert {name!r} ({folder}) fits {min(best)} of the base as well as {min(rival)}; "
-            "give the part of the base that it was trained on as a checkpoint of its own."
-        )
-    return best
-
-
-def _has_place(name: str, base: Checkpoint) -> bool:
-    return name in base.tensors and not is_tied_head(base.tensors[name], base)
-
-
-def _require_common(name: str, folder: Path, base: Checkpoint, names: dict[str, str]) -> None:
-    if not names:
-        raise CheckpointError(
-            f"Expert {name!r} ({folder}) has no tensor in common with the base {base.folder}; give "
-            "an expert that was fine-tuned from this base."
-        )
-
-
-def _check_shape(expert: str, shape: tuple[int, ...], base: TensorInfo) -> None:
-    if shape != base.shape:
-        raise CheckpointError(
-            f"{base.name} has shape {shape} in expert {expert!r} and {base.shape} in the "
-            "base; bring both to one shape (the same vocabulary, say) before merging."
         )

@@ -15,15 +15,18 @@ from poemerge.atomic import new_folder
 from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device
 from poemerge.expert_files import open_expert
+from poemerge.fitting import check_tie
 from poemerge.lineage import Lineage, Source, core_code
 from poemerge.merging.choices import Choices, Draws
 from poemerge.merging.plan import plan_merge
+from poemerge.merging.terms import Terms
 from poemerge.merging.walk import Walk
 from poemerge.methods import find
 from poemerge.names import unused_name
 from poemerge.outfolder import check_out
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
+from poemerge.token_rows import PAD, REFUSE
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ def merge_checkpoints(
     rank: int | None = None,
     seed: int = 0,
     memory: int | None = None,
+    vocabulary: str = "refuse",
+    foreign: str = "refuse",
     samples: int = 0,
     sampler: str = "laplace",
     temperature: float = 1.0,
@@ -64,6 +69,9 @@ def merge_checkpoints(
         rank: to which a merged adapter is truncated, at the best; None leaves it exact.
         seed: of methods that draw at random, and of samples.
         memory: budget in bytes for the whole process; None takes what is quick.
+        vocabulary: of experts whose embedding has other rows than the base's: `refuse`; `pad`,
+            which matches rows by token and takes added tokens over; `base`, which keeps the base's.
+        foreign: of an expert in which nothing of the base is left: `refuse` or `warn`.
         samples: of the posterior of a product of experts, each a folder like `out` itself, in
             `OUT-samples/000`, `001`, ... (docs/posterior.md).
         sampler: `laplace`, Gaussian noise around the mode, or `langevin`, exact and slower.
@@ -88,8 +96,9 @@ def merge_checkpoints(
     for place in outs:
         check_out(place, [base, *folders.values()], overwrite=overwrite)
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
-    params |= {"rank": rank, "memory": memory}
-    with plan_merge(base, folders, method, settings) as plan, ThreadPoolExecutor(1) as pool:
+    params |= {"rank": rank, "memory": memory, "vocabulary": vocabulary}
+    terms = Terms(vocabulary, foreign, dtype)
+    with plan_merge(base, folders, method, settings, terms) as plan, ThreadPoolExecutor(1) as pool:
         choices = Choices(pick_device(device), dtype, output, seed, rank, memory, draws)
         walk = Walk(plan, choices, progress or silent)
         # Inputs are hashed while they are merged.
@@ -119,7 +128,8 @@ def merge_lineage(
     if files:  # where they lie is no part of the record; what they hold is among the inputs
         parsed["curvature"] = {name: Path(file).name for name, file in files.items()}
     device = describe_device(pick_device(str(choices["device"])))
-    params = {"method": method, "settings": parsed, **choices}
+    decisive = {k: v for k, v in choices.items() if (k, v) != ("vocabulary", REFUSE)}  # no byte
+    params = {"method": method, "settings": parsed, **decisive}
     return Lineage("merge", params, tuple(inputs), device=device, code=core_code())
 
 
@@ -128,16 +138,18 @@ def expert_weights(base: Path, expert: Path | None) -> Iterator[tuple[str, Tenso
 
     Args:
         base: checkpoint folder.
-        expert: None for the base itself, else a checkpoint or an adapter fine-tuned from it.
+        expert: None for the base itself, else a checkpoint or an adapter fine-tuned from it; its
+            token rows go to those of the base.
 
     Yields:
         (name, tensor) in the order of names; tied output heads included where they are stored.
     """
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(base))
-        opened = open_expert(expert.name, expert, checkpoint) if expert else None
+        opened = open_expert(expert.name, expert, checkpoint, PAD) if expert else None
         if opened is not None:
             stack.callback(opened.close)
+            check_tie(opened.name, opened.folder, opened.untied, checkpoint)
         for name, info in checkpoint.tensors.items():
             weight = checkpoint.read(name)
             if opened is not None and info.is_float and opened.votes(info):

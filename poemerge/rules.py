@@ -70,10 +70,13 @@ def is_tied_head(info: TensorInfo, base: Checkpoint) -> bool:
     One that differs from the embedding is none, whatever the config says: transformers 5 states
     of every T5 that it is tied, and loads Flan-T5 with the head that is stored.
     """
-    if not (base.ties_embeddings and is_head(info.name)):
-        return False
-    others = (other for other in base.tensors.values() if not is_head(other.name))
+    return base.ties_embeddings and is_head(info.name) and repeats_embedding(info, base)
+
+
+def repeats_embedding(info: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """True for a stored output head that holds the same numbers as the input embedding."""
     return any(
-        other.shape == info.shape and is_vocabulary(other, base) and base.same(info, other)
-        for other in others
+        other.shape == info.shape and checkpoint.same(info, other)
+        for other in checkpoint.tensors.values()
+        if is_vocabulary(other, checkpoint) and not is_head(other.name)
     )

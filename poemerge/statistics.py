@@ -12,6 +12,7 @@ from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.expert_files import Expert, open_expert
 from poemerge.rules import is_tied_head
 from poemerge.task_vector import LowRank, Update
+from poemerge.token_rows import BASE
 
 
 def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, 
         PoemergeError: an input does not fit or is not finite.
     """
     with Checkpoint(base) as checkpoint:
-        opened = [open_expert(name, folder, checkpoint) for name, folder in experts.items()]
+        opened = [open_expert(name, folder, checkpoint, BASE) for name, folder in experts.items()]
         infos = [
             info
             for info in checkpoint.tensors.values()

@@ -22,6 +22,8 @@ def merge(
     dtype: str,
     seed: int,
     memory: int | None,
+    vocabulary: str,
+    foreign: str,
 ) -> bool:
     """Merge the experts into the folder `out`, unless it is up to date.
 
@@ -35,6 +37,8 @@ def merge(
         dtype: of the merged weights: source, float32, bfloat16 or float16.
         seed: of methods that draw at random.
         memory: budget in bytes, or None.
+        vocabulary: of token rows that do not fit: refuse, pad or base.
+        foreign: of an expert of another base: refuse or warn.
 
     Returns:
         True if it was merged, False if it was up to date.
@@ -43,6 +47,7 @@ def merge(
 
     folders = {name: Path(folder) for name, folder in experts.items()}
     choices: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "memory": memory}
+    choices["vocabulary"] = vocabulary
     if _record(base, experts, method, settings, **choices).is_current(Path(out)):
         return False
     merge_checkpoints(
@@ -51,6 +56,7 @@ def merge(
         out,
         method,
         overwrite=True,
+        foreign=foreign,
         progress=progress(f"merge {Path(out).name}", "tensors"),
         **choices,
         **settings,
@@ -59,7 +65,13 @@ def merge(
 
 
 def merge_key(
-    base: str, experts: dict[str, str], *, method: str, settings: dict[str, Any], **choices: Any
+    base: str,
+    experts: dict[str, str],
+    *,
+    method: str,
+    settings: dict[str, Any],
+    foreign: str,  # noqa: ARG001 - it decides whether, and no byte
+    **choices: Any,
 ) -> str:
     """What decides the bytes of a merge: the same key, the same bytes.
 
@@ -68,7 +80,8 @@ def merge_key(
         experts: as in `merge`.
         method: as in `merge`.
         settings: as in `merge`.
-        **choices: device, dtype, seed and memory.
+        foreign: as in `merge`.
+        **choices: device, dtype, seed, memory and vocabulary.
     """
     return _record(base, experts, method, settings, **choices).key
 

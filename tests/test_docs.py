@@ -302,7 +302,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
         patch.chdir(tmp_path_factory.mktemp("residuals"))
         for seed, name in enumerate(("base", "law", "code", "chat")):
             Path(name).mkdir()
-            weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(seed))
+            moved = torch.randn(20, 30, generator=torch.Generator().manual_seed(seed))
+            weight = torch.eye(20, 30) + seed * moved / (seed or 1)
             save_file({"up.weight": weight}, f"{name}/model.safetensors")
         return run("residuals.md")["found"]
 

@@ -9,8 +9,10 @@ import click
 from flows.cli.options import (
     base_option,
     device_option,
+    dtype_option,
     expert_option,
     experts_option,
+    foreign_option,
     memory_option,
     method_option,
     out_option,
@@ -18,6 +20,7 @@ from flows.cli.options import (
     resolve,
     select_option,
     set_option,
+    vocabulary_option,
 )
 
 
@@ -29,13 +32,9 @@ from flows.cli.options import (
 @set_option
 @out_option
 @device_option
-@click.option(
-    "--dtype",
-    default="source",
-    show_default=True,
-    type=click.Choice(["source", "float32", "bfloat16", "float16"]),
-    help="To store; computed in fp32 or better.",
-)
+@dtype_option
+@vocabulary_option
+@foreign_option
 @click.option(
     "--output",
     default="full",
@@ -163,6 +162,10 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
 @method_option
 @set_option
 @device_option
+@dtype_option
+@vocabulary_option
+@foreign_option
+@click.option("--deep", is_flag=True, help="Look at every value, not at some rows of each tensor.")
 @memory_option
 def check(
     base: str,
@@ -172,16 +175,22 @@ def check(
     overrides: Sequence[str],
     device: str,
     memory: float | None,
+    **terms: Any,
 ) -> None:
-    """Say what a merge would do: rules, peak memory, time; exit 1 if it cannot be done."""
+    """Say what a merge would do: rules, what does not fit, peak memory, time; exit 1 if it cannot.
+
+    Headers are read, and a few rows of every tensor: a value that is not finite elsewhere shows
+    with --deep, or in the merge.
+    """
     from flows.console import show_plan, start_logging
     from flows.overrides import in_bytes, parse_settings
     from poemerge.device import pick_device
     from poemerge.merging.cost import estimate_seconds
     from poemerge.merging.plan import plan_merge
+    from poemerge.merging.terms import Terms
 
     start_logging()
-    where = pick_device(device)
+    where, settings = pick_device(device), parse_settings(overrides)
     folders = resolve(base, experts, wanted)
-    with plan_merge(folders.pop("base"), folders, method, parse_settings(overrides)) as plan:
+    with plan_merge(folders.pop("base"), folders, method, settings, Terms(**terms)) as plan:
         show_plan(plan, where, in_bytes(memory), estimate_seconds(plan, where))

@@ -52,6 +52,27 @@ memory_option = click.option(
     metavar="GB",
     help="Keep the whole process within; slower where it is tight.",
 )
+vocabulary_option = click.option(
+    "--vocabulary",
+    default="refuse",
+    show_default=True,
+    type=click.Choice(["refuse", "pad", "base"]),
+    help="Where an expert's token rows do not fit: match them by token, or keep the base's.",
+)
+foreign_option = click.option(
+    "--foreign",
+    default="refuse",
+    show_default=True,
+    type=click.Choice(["refuse", "warn"]),
+    help="Where an expert was not fine-tuned from the base.",
+)
+dtype_option = click.option(
+    "--dtype",
+    default="source",
+    show_default=True,
+    type=click.Choice(["source", "float32", "bfloat16", "float16"]),
+    help="To store; computed in fp32 or better.",
+)
 device_option = click.option(
     "--device",
     default="auto",
@@ -100,6 +121,8 @@ def resolve(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> di
     for text in experts:
         name, equals, source = text.partition("=")
         source = source if equals else text
+        if equals and name in sources:
+            raise SettingError(f"Two sources are named {name!r}; give each expert its own name.")
         sources[unused_name(name if equals else source_name(source), sources)] = source
     if wanted:
         from flows.selection import select

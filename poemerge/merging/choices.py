@@ -97,6 +97,11 @@ def check_draws(plan: Plan, draws: Draws) -> None:
 
 
 def _check_adapter(plan: Plan) -> None:
+    if plan.growth is not None:
+        raise SettingError(
+            f"{len(plan.growth.tokens)} tokens are added, whose rows a merged adapter does not "
+            "hold; choose output full, or vocabulary base."
+        )
     if not plan.method.factors(plan.settings):
         raise SettingError(
             f"{plan.method.name} makes dense updates with these settings, which no adapter holds; "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from poemerge import linalg
 from poemerge.adapter_files import write_adapter
+from poemerge.checkpoint import TensorInfo
 from poemerge.device import STORED
 from poemerge.expert_files import AdapterExpert
 from poemerge.lineage import Lineage
@@ -88,6 +89,8 @@ class Output:
             self._write_adapter()
         else:
             copy_side_files(self.plan.base.folder, self.folder, self.choices.dtype)
+            if self.plan.growth is not None:
+                self.plan.growth.write_side_files(self.folder)
             for group in self.plan.groups:
                 for info in group.tensors if group.rule == TIED else ():
                     self.ledger.note(group, info.name, info.dtype)
@@ -103,6 +106,15 @@ class Output:
         row = batch.rows[0] if batch.rows else 0
         for info, tensor in zip(batch.tensors, weights, strict=True):
             self._shards.write(info, tensor, row)
+            if batch.is_last:
+                self._write_new_rows(info)
+
+    def _write_new_rows(self, info: TensorInfo) -> None:
+        """Those of tokens that the base lacks; some may lie in what it keeps spare."""
+        growth = self.plan.growth
+        if self._shards is not None and growth is not None and info.name in growth.tensors:
+            rows = growth.rows(info, self.plan.experts, self.plan.settings)
+            self._shards.write(info, rows, growth.first)
 
     def _write_adapter(self) -> None:
         base_model = self.plan.base.config.get("_name_or_path") or self.plan.base.folder.name

@@ -1,4 +1,4 @@
-"""The plan of a merge: which rule, which voters, which batch; made from headers alone.
+"""The plan of a merge: which rule, which voters, which batch; made from headers and a glance.
 
 `poemerge check` prints it, `merge.py` executes it.
 """
@@ -16,12 +16,18 @@ from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.curvature import Curvature
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.expert_files import Expert, open_expert
+from poemerge.fitting import check_tie
 from poemerge.merging.cuts import check_cuts, cut_for
+from poemerge.merging.findings import findings
+from poemerge.merging.glance import look
 from poemerge.merging.groups import Group
+from poemerge.merging.growth import Growth, plan_growth
 from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes
+from poemerge.merging.terms import STRICT, Terms
 from poemerge.method import Method
 from poemerge.methods import find
-from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, rule_for
+from poemerge.poe.settings import HeavySettings
+from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, is_vocabulary, rule_for
 from poemerge.settings import Settings
 
 CPU = torch.device("cpu")
@@ -38,6 +44,7 @@ class Plan:
     curvature: Curvature
     groups: tuple[Group, ...]
     notes: tuple[str, ...] = ()
+    growth: Growth | None = None
     _open: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -75,6 +82,10 @@ class Plan:
         """Estimate of the largest resident memory, whole process."""
         return peak_bytes(self.groups, self.method, self.settings, self.limit(device, budget))
 
+    def shape(self, info: TensorInfo) -> tuple[int, ...]:
+        """Shape of a tensor of the merge, which may have more token rows than the base."""
+        return info.shape if self.growth is None else self.growth.shape(info)
+
     def close(self) -> None:
         """Let go of all files."""
         self._open.close()
@@ -87,7 +98,11 @@ class Plan:
 
 
 def plan_merge(
-    base: Path, experts: Mapping[str, Path], method: str, settings: Mapping[str, Any]
+    base: Path,
+    experts: Mapping[str, Path],
+    method: str,
+    settings: Mapping[str, Any],
+    terms: Terms = STRICT,
 ) -> Plan:
     """Open everything, check that it fits, and decide each tensor's rule.
 
@@ -96,6 +111,7 @@ def plan_merge(
         experts: name → checkpoint or adapter folder, in the order that counts.
         method: name of a method.
         settings: its settings; unnamed ones take their defaults.
+        terms: on which experts are taken that do not fit.
 
     Raises:
         PoemergeError: something cannot be merged; the message says what.
@@ -108,15 +124,27 @@ def plan_merge(
         checkpoint = stack.enter_context(Checkpoint(base))
         opened = []
         for name, folder in experts.items():
-            opened.append(open_expert(name, folder, checkpoint))
+            opened.append(open_expert(name, folder, checkpoint, terms.vocabulary))
             stack.callback(opened[-1].close)
+            check_tie(name, folder, opened[-1].untied, checkpoint)
         curvature = Curvature(tuple(experts), parsed)
         stack.callback(curvature.close)
         planner = _Planner(checkpoint, tuple(opened), found, parsed, curvature)
         groups = planner.groups()
         notes = _notes(checkpoint, opened, groups) + planner.notes(groups)
+        robust = isinstance(parsed, HeavySettings)
+        seen = look(checkpoint, opened, terms)
+        notes += tuple(findings(checkpoint, seen, terms, method, robust=robust))
         return Plan(
-            checkpoint, tuple(opened), found, parsed, curvature, groups, notes, stack.pop_all()
+            checkpoint,
+            tuple(opened),
+            found,
+            parsed,
+            curvature,
+            groups,
+            notes,
+            plan_growth(checkpoint, opened),
+            stack.pop_all(),
         )
 
 
@@ -206,10 +234,16 @@ def _patterns(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -> tuple[str, ...]:
     """Sentences on what does not match: nothing is passed over in silence."""
-    notes = []
+    notes: list[str] = []
     for index, expert in enumerate(experts):
+        notes += expert.notes
         merged = [g for g in groups if g.rule not in {COPY, TIED}]
-        missing = [t.name for g in merged if index not in g.voters for t in g.tensors]
+        missing = [
+            t.name
+            for g in merged
+            for t in g.tensors
+            if index not in g.voters and (expert.tokens.kept or not is_vocabulary(t, base))
+        ]
         if missing:
             notes.append(f"Expert {expert.name!r} lacks {_list(missing)}; the others decide there.")
         if expert.extra:

@@ -38,7 +38,7 @@ class Shards:
     ) -> None:
         self.folder, self.plan, self.dtype_of = folder, plan, dtype_of
         infos = [i for group in plan.groups if group.rule != TIED for i in group.tensors]
-        self._layout = {i.name: (i.file, i.shape, dtype_of(i.dtype)) for i in infos}
+        self._layout = {i.name: (i.file, plan.shape(i), dtype_of(i.dtype)) for i in infos}
         self._behind = Behind(waiting)
         self._current: tuple[str, ShardWriter] | None = None
         self._writers = ExitStack()

@@ -6,10 +6,10 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-from poemerge.errors import CheckpointError
-from poemerge.lineage import Lineage, Source
+from poemerge.lineage import Lineage
 from poemerge.merging.apply import Applier
 from poemerge.merging.choices import Choices, check_choices
+from poemerge.merging.findings import changes_nothing
 from poemerge.merging.groups import Batch
 from poemerge.merging.loader import Loaded, Loader
 from poemerge.merging.memory import give_back
@@ -65,11 +65,7 @@ class Walk:
                 self.progress(len(outputs[0].ledger.tensors), len(self.plan.base.tensors))
         self._check_experts(outputs[0])
         record = lineage()
-        notes = [
-            *self.plan.notes,
-            *_twins(record.inputs[1 : 1 + len(self.plan.experts)]),
-            *_spilled(self.applier.spilled),
-        ]
+        notes = [*self.plan.notes, *_spilled(self.applier.spilled)]
         report = outputs[0].finish(record, notes)
         for warning in report.warnings:
             logger.warning(warning)
@@ -120,25 +116,7 @@ class Walk:
     def _check_experts(self, output: Output) -> None:
         for expert in self.plan.experts:
             if output.ledger.changed.get(expert.name, 0.0) == 0.0:
-                raise CheckpointError(
-                    f"Expert {expert.name!r} ({expert.folder}) changes nothing, all its updates "
-                    "are zero; leave it out or give the right folder."
-                )
-
-
-def _twins(experts: Sequence[Source]) -> list[str]:
-    """Warnings on experts whose weight files are the same bytes."""
-    seen: dict[tuple[str, ...], str] = {}
-    warnings = []
-    for expert in experts:
-        weights = tuple(h for f, h in sorted(expert.files.items()) if f.endswith(".safetensors"))
-        if weights in seen:
-            warnings.append(
-                f"Experts {seen[weights]!r} and {expert.name!r} are the same bytes and count "
-                "twice; leave one out if that is not meant."
-            )
-        seen.setdefault(weights, expert.name)
-    return warnings
+                raise changes_nothing(expert.name, expert.folder)
 
 
 def _spilled(names: Sequence[str]) -> list[str]:

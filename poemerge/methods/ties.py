@@ -32,7 +32,7 @@ def threshold(update: Tensor, settings: TiesSettings) -> Tensor:
     rest = update.numel() - max(1, round(settings.keep * update.numel()))
     if rest <= 0:
         return update.new_zeros(())
-    magnitudes = update.abs_().view(-1)
+    magnitudes = update.abs_().flatten()
     if magnitudes.is_cuda:
         return magnitudes.sort().values[rest].clone()  # kthvalue takes one block of the card
     magnitudes.numpy().partition(rest)  # ten times faster than kthvalue, where SIMD helps

@@ -11,6 +11,7 @@ from poemerge.device import pick_device
 from poemerge.merge import name_experts
 from poemerge.merging.choices import Choices, Draws
 from poemerge.merging.plan import plan_merge
+from poemerge.merging.terms import LENIENT
 from poemerge.merging.walk import Walk
 from poemerge.progress import Progress, silent
 from poemerge.rules import COPY
@@ -50,7 +51,7 @@ def describe_uncertainty(
     """
     choices = Choices(pick_device(device), "source", "full", seed=0, draws=Draws(1))
     found: dict[str, dict[str, float]] = {}
-    with plan_merge(Path(base), name_experts(experts), method, settings) as plan:
+    with plan_merge(Path(base), name_experts(experts), method, settings, LENIENT) as plan:
         walk = Walk(plan, choices, progress or silent)
         with torch.inference_mode(), closing(walk.batches()) as batches:
             for batch, loaded in batches:

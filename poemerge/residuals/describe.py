@@ -17,6 +17,7 @@ from poemerge.progress import Progress, silent
 from poemerge.residuals.sampling import draw_entries, rounding_of
 from poemerge.residuals.summary import Sample, describe_matrix, describe_pool
 from poemerge.rules import is_tied_head, is_vocabulary
+from poemerge.token_rows import BASE
 
 SAMPLE = 1 << 15  # entries of a matrix
 SIDES = ("output", "input")
@@ -67,8 +68,8 @@ def describe_residuals(
     _check_base(base, merged)
     with ExitStack() as stack, torch.inference_mode():
         checkpoint = stack.enter_context(Checkpoint(base))
-        opened = [open_expert(name, Path(folder), checkpoint) for name, folder in experts.items()]
-        opened.append(open_expert("merged", merged, checkpoint))
+        folders = {**experts, "merged": merged}
+        opened = [open_expert(n, Path(f), checkpoint, BASE) for n, f in folders.items()]
         for expert in opened:
             stack.callback(expert.close)
         walk = _Walk(checkpoint, tuple(opened[:-1]), opened[-1], strength, side, sample, seed)

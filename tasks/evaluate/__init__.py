@@ -53,7 +53,8 @@ def evaluate(
     Args:
         candidate: its name in the results.
         kind: `base`; `expert`: seen as an update of the base; `merge`: scored as it is stored.
-        base: folder of the base; its config and tokenizer serve all candidates.
+        base: folder of the base; its config and tokenizer serve all candidates, but for merges
+            with added tokens.
         weights: a checkpoint or adapter folder; None for the base itself.
         out: folder to make.
         tasks: names of local tasks, or of tasks that are built into lm-eval (these need the hub).

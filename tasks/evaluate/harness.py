@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from poemerge.adapter import is_adapter
 from poemerge.merge import expert_weights
 from poemerge.progress import Progress
+from poemerge.vocabulary import same_vocabulary
 from tasks.evaluate.lm_tasks import Score, load_task
 from tasks.evaluate.scorer import load_scorer
 from tasks.evaluate.task_files import TaskFiles
@@ -61,7 +62,8 @@ class Harness:
             wanted = [(t, s, loaded[t].split(s, self.validation)) for t in loaded for s in splits]
             if not wanted:
                 return {}
-            scorer = load_scorer(self.base, self.digest, self.dtype, self.device, self.batch_size)
+            home = self._home(kind, weights, content)
+            scorer = load_scorer(*home, self.dtype, self.device, self.batch_size)
             where = str(weights or self.base)
             scorer.fill(partial(self._weights, kind, weights), f"{kind} {content}", where)
             scores: dict[str, dict[str, Score]] = {name: {} for name in loaded}
@@ -77,6 +79,12 @@ class Harness:
                     "%s on %s, %s: %.3f, %d items", candidate, name, split, found.score, items
                 )
         return scores
+
+    def _home(self, kind: str, weights: Path | None, content: str) -> tuple[Path, str]:
+        """Whose config and tokenizer serve: the base's, but for a merge that has more tokens."""
+        if weights is not None and kind == "merge" and not same_vocabulary(weights, self.base):
+            return weights, content
+        return self.base, self.digest
 
     def _weights(self, kind: str, weights: Path | None) -> Iterator[tuple[str, Tensor]]:
         if weights is not None and kind == "merge" and not is_adapter(weights):

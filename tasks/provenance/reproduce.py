@@ -141,7 +141,7 @@ def _merge(record: Lineage, folders: Mapping[str, Path], out: Path, progress: Pr
         settings["curvature"] = {name: str(path) for name, path in curvature.items()}
     if THREADS.fullmatch(record.device):
         params["device"] = "cpu"
-    params["progress"] = progress
+    params |= {"progress": progress, "foreign": "warn"}  # it was merged, whatever it is
     report = merge_checkpoints(folders[names[0]], experts, out, method, **params, **settings)
     made = Lineage.find(out)
     assert made is not None

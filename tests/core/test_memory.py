@@ -19,6 +19,7 @@ import json, sys
 from pathlib import Path
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.plan import plan_merge
+from poemerge.merging.terms import LENIENT
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -28,11 +29,12 @@ root, method, settings, memory = Path(sys.argv[1]), sys.argv[2], json.loads(sys.
 if len(sys.argv) > 4:
     memory = int(sys.argv[4])
 experts = {"a": root / "a", "b": root / "b"}
-with plan_merge(root / "base", experts, method, settings) as plan:
+with plan_merge(root / "base", experts, method, settings, LENIENT) as plan:
     planned = plan.peak_bytes(budget=memory)
 before = peak()["VmHWM"]
 merge_checkpoints(
-    root / "base", experts, root / "out", method, "cpu", memory=memory, overwrite=True, **settings
+    root / "base", experts, root / "out", method, "cpu", memory=memory, overwrite=True,
+    foreign="warn", **settings
 )
 print(json.dumps([planned, before, peak()["VmHWM"]]))
 """

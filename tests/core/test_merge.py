@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poemerge import METHODS, MergeReport
 from poemerge.checkpoint import Checkpoint
+from poemerge.errors import CheckpointError
 from poemerge.lineage import Lineage, Source, hash_files, produce
 from poemerge.merge import expert_weights, merge_checkpoints, merge_lineage, name_experts
 from poemerge.merging.memory import OVERHEAD
@@ -197,11 +198,11 @@ class TestTiedHead:
         assert not (tmp_path / "out/model-head.safetensors").exists()
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
-    def test_an_adapted_tied_head_is_said(self, zoo: Zoo, tmp_path: Path) -> None:
+    def test_an_adapted_tied_head_is_refused(self, zoo: Zoo, tmp_path: Path) -> None:
         expert = zoo.adapter(1, tied=True, target_modules=["q_proj", "lm_head"])
-        base = zoo.base(tied=True)
-        report = merge_checkpoints(base, {"a": expert}, tmp_path / "out", "average")
-        assert "Expert 'a' has lm_head.weight, which the base lacks or ties" in report.warnings[0]
+        pattern = "Expert 'a' .* changes lm_head.weight apart from the other end of the tie"
+        with pytest.raises(CheckpointError, match=pattern):
+            merge_checkpoints(zoo.base(tied=True), {"a": expert}, tmp_path / "out", "average")
 
     def test_untied_heads_are_merged(self, zoo: Zoo, tmp_path: Path) -> None:
         assert rules(merge(zoo, tmp_path / "out"))["lm_head.weight"] == "vocabulary"

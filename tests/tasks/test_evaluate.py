@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
 from poemerge.lineage import Lineage
-from poemerge.merge import expert_weights
+from poemerge.merge import expert_weights, merge_checkpoints
 from tasks.evaluate import evaluate, lm_tasks
 from tasks.evaluate.scorer import load_scorer, put_weights
 from tasks.progress import watched_by
-from tests.zoo import Zoo, adapt, load, save
+from tests.zoo import Zoo, adapt, load, save, tokenizer
 
 Run = Callable[..., tuple[bool, dict[str, Any], dict[str, Any]]]
 LETTERS = "abcd"
@@ -214,6 +214,29 @@ def test_tied_and_sharded_models_are_filled(score: Run, zoo: Zoo) -> None:
     base, full = zoo.base(tied=True), zoo.full(1, tied=True, sharded=True, noise=0.5)
     _, _, items = score(full, base=base)
     assert items["letters"]["test"]["outcomes"] == outcomes(chosen_with(base, full, docs), docs)
+
+
+def test_added_tokens_are_scored_as_tokens(
+    score: Run, include: Path, zoo: Zoo, tmp_path: Path
+) -> None:
+    """A merge has the tokens that experts added; an expert alone is seen through the base's."""
+    choices, docs = ["ab", "b", "d", "c"], documents("test", 12)
+    write_task(include, "letters", doc_to_choice=choices)
+    model, table = load(zoo.full(1, noise=0.5)), tokenizer()
+    table.add_tokens(["ab"])
+    model.resize_token_embeddings(len(table), mean_resizing=False)
+    save(model, tmp_path / "expert")
+    table.save_pretrained(tmp_path / "expert")
+    merged = tmp_path / "merged"
+    merge_checkpoints(
+        zoo.base(), {"a": tmp_path / "expert"}, merged, "average", "cpu", vocabulary="pad"
+    )
+    _, _, items = score(merged, "merge", out="merge")
+    expected = outcomes(chosen(merged, docs, choices), docs)
+    assert items["letters"]["test"]["outcomes"] == expected
+    _, _, items = score(tmp_path / "expert", "expert", out="expert")
+    expected = outcomes(chosen(zoo.base(), docs, choices, load(zoo.full(1, noise=0.5))), docs)
+    assert items["letters"]["test"]["outcomes"] == expected
 
 
 def chosen_with(base: Path, weights: Path, docs: list[dict]) -> list[int]:
