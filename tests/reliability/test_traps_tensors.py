@@ -48,7 +48,7 @@ def beside(trap: Trap, extra: Callable[[int], dict[str, Tensor]]) -> list[Path]:
 
 
 def test_sharded_otherwise(trials: Trials, zoo: Zoo, tmp_path: Path) -> None:
-    """How experts are sharded changes no byte of a merge, and how the base is no value"""
+    """How experts are sharded changes no byte of a merge, and how the base is only rounding"""
     for number in trials(short=3, full=50):
         with trials.trial(number):
             trap = Trap(zoo, tmp_path, number)
@@ -60,12 +60,11 @@ def test_sharded_otherwise(trials: Trials, zoo: Zoo, tmp_path: Path) -> None:
             for base, experts, out in zip(bases, (whole, parts, parts), outs, strict=True):
                 merge_checkpoints(base, experts, out, trap.method, "cpu")
             assert (outs[0] / FILE).read_bytes() == (outs[1] / FILE).read_bytes()
-            merged = load_file(outs[0] / FILE)
             shards = [load_file(path) for path in sorted(outs[2].glob("*.safetensors"))]
             assert len(shards) > 1
-            assert {n: w.tolist() for part in shards for n, w in part.items()} == {
-                n: w.tolist() for n, w in merged.items()
-            }
+            found = {name: weight for part in shards for name, weight in part.items()}
+            wanted = load_file(outs[0] / FILE)  # solved in larger batches
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_dtypes(trials: Trials, zoo: Zoo, tmp_path: Path) -> None:
