@@ -76,7 +76,7 @@ def missing(path: Path) -> None:
 
 
 def secret(path: Path) -> None:
-    """A file that nobody may read."""
+    """A file that nobody may read, but the superuser."""
     path.write_bytes(b"{}")
     path.chmod(0)
 

@@ -60,15 +60,14 @@ class Sandbox:
         self._server.stdout.close()
         self._log.close()
 
-    def run(self, way: str, folder: Path, *, poor: bool = False) -> Ending:
+    def run(self, way: str, folder: Path) -> Ending:
         """Go a way in, with the working directory in `folder`.
 
         Args:
             way: name of a function in `ways`.
             folder: of the case.
-            poor: as somebody who may not read everything, where this process may.
         """
-        self._server.stdin.write(json.dumps([way, str(folder), poor]) + "\n")
+        self._server.stdin.write(json.dumps([way, str(folder)]) + "\n")
         self._server.stdin.flush()
         answer = self._server.stdout.readline()
         if not answer:
@@ -82,19 +81,19 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin:
-        way, folder, poor = json.loads(line)
+        way, folder = json.loads(line)
         ways = import_module("tests.reliability.corpus.ways")
         ways.prepare(way)
-        answers.write(json.dumps(_fork(ways.WAYS[way], Path(folder), poor=poor)) + "\n")
+        answers.write(json.dumps(_fork(ways.WAYS[way], Path(folder))) + "\n")
         answers.flush()
 
 
-def _fork(go: Any, folder: Path, *, poor: bool) -> Mapping[str, Any]:
+def _fork(go: Any, folder: Path) -> Mapping[str, Any]:
     with tempfile.TemporaryFile() as file:
         child = os.fork()
         if child == 0:
             with os.fdopen(os.dup(file.fileno()), "w") as stream:
-                json.dump(_attempt(go, folder, poor=poor), stream)
+                json.dump(_attempt(go, folder), stream)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
@@ -103,7 +102,7 @@ def _fork(go: Any, folder: Path, *, poor: bool) -> Mapping[str, Any]:
         return json.loads(file.read() or '{"crash": "it ended without a word"}')
 
 
-def _attempt(go: Any, folder: Path, *, poor: bool) -> Mapping[str, Any]:
+def _attempt(go: Any, folder: Path) -> Mapping[str, Any]:
     from poemerge.errors import PoemergeError
 
     os.chdir(folder)
@@ -113,8 +112,6 @@ def _attempt(go: Any, folder: Path, *, poor: bool) -> Mapping[str, Any]:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS + 1))
     signal.alarm(PATIENCE)
-    if poor and os.geteuid() == 0:
-        os.seteuid(65534)
     try:
         return go(folder) or {}
     except PoemergeError as error:
