@@ -87,7 +87,7 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
     try:
         yield remount
     finally:
-        subprocess.run(["umount", os.fspath(folder)], check=True)
+        subprocess.run(["umount", "--lazy", os.fspath(folder)], check=True)
 
 
 def test_a_full_disk(trials: Trials, sources: Path, tmp_path: Path) -> None:
