@@ -190,7 +190,7 @@ def test_a_text_that_finds_no_room_leaves_nothing(
         self.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(MachineError, match=r"note could not be made \(No space left on device\)"):
         write_text(tmp_path / "note", "text")
     assert not any(tmp_path.iterdir())

@@ -35,6 +35,11 @@ def normal(shapes: Shapes, seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def fine_tuned(base: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    noise = normal({name: tuple(weight.shape) for name, weight in base.items()}, seed)
+    return {name: weight + 0.1 * noise[name] for name, weight in base.items()}
+
+
 def write(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> Path:
     """A checkpoint in one file or more."""
     folder.mkdir(parents=True)
@@ -51,8 +56,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> Path:
 def full_experts(root: Path, size: int) -> tuple[Path, list[Path]]:
     """A base and that many fine-tunes of it, each in two shards."""
     base = normal(TINY, 0)
-    noise = (normal(TINY, seed) for seed in range(1, size + 1))
-    moved = ({name: base[name] + 0.1 * part[name] for name in base} for part in noise)
+    moved = (fine_tuned(base, seed) for seed in range(1, size + 1))
     folders = [write(root / f"full{i:03}", tensors, shards=2) for i, tensors in enumerate(moved)]
     return write(root / "base", base), folders
 

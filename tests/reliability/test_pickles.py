@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from poemerge.errors import PoemergeError
 from tasks.dvc_store.reference import put
 from tasks.fetch import fetch
+from tasks.tracking import tracking_uri
 from tests.reliability.trials import Trials
 from tests.tasks.registry import new_repository
 from tests.zoo import Zoo
@@ -112,7 +113,7 @@ def place(kind: str, folder: Path, name: str) -> str:
         "    python_model: python_model.pkl\n    cloudpickle_version: 3.1.0\n"
     )
     shutil.copy(next(folder.glob("*.bin")), folder / "python_model.pkl")
-    client = MlflowClient()
+    client = MlflowClient(tracking_uri=tracking_uri())
     run = client.create_run("0")
     client.log_artifacts(run.info.run_id, str(folder), "model")
     client.create_registered_model(name)

@@ -64,7 +64,7 @@ def parameters(folder: Path) -> None:
 
 
 def tasks(folder: Path) -> None:
-    find_tasks(["red"], folder)
+    find_tasks(["red"], folder, [folder])
 
 
 @pytest.mark.parametrize(
@@ -185,11 +185,13 @@ def test_side_files_that_are_no_files(zoo: Zoo, tmp_path: Path) -> None:
     base = copytree(zoo.base(), tmp_path / "base")
     (base / "more.json").mkdir()
     os.mkfifo(base / "vocab.txt")
-    (base / "zeros.txt").symlink_to("/dev/zero")
     merge_checkpoints(base, [zoo.full(1)], tmp_path / "out", "average", device="cpu")
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert not made & {"more.json", "vocab.txt", "zeros.txt"}
+    assert not made & {"more.json", "vocab.txt"}
     assert "tokenizer.json" in made
+    (base / "zeros.txt").symlink_to("/dev/zero")
+    with pytest.raises(SourceError, match=r"zeros\.txt"):
+        merge_checkpoints(base, [zoo.full(1)], tmp_path / "zeros", "average", device="cpu")
 
 
 @pytest.mark.parametrize(

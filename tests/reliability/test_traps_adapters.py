@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from poemerge.adapter import UNSUPPORTED
+from poemerge.lora_config import UNSUPPORTED
 from tests.reliability.traps import ADAPTER, FILE, Trap, change, change_json
 from tests.reliability.trials import Trials
 from tests.zoo import Zoo, merged_by_peft
@@ -76,7 +76,7 @@ def test_what_factors_do_not_say(trials: Trials, zoo: Zoo, tmp_path: Path) -> No
         ({"bias": "lora_only"}, "bias='lora_only', which plain LoRA"),
         *(({"peft_type": kind}, f"of type {kind}; only LORA") for kind in ("IA3", "LOHA", "VERA")),
         ({"init_lora_weights": "pissa"}, "initialised by pissa, which changes the base"),
-        ({"r": 0}, "says rank 0; save the adapter again"),
+        ({"r": 0}, "has r=0, which PEFT does not write"),
         ({"r": 3}, "says rank 3; save the adapter again"),
         ({"lora_alpha": 0}, "changes nothing, all its updates are zero"),
     ]
@@ -99,4 +99,4 @@ def test_rank_nought(zoo: Zoo, tmp_path: Path) -> None:
 
     change(folder, empty, ADAPTER)
     change_json(folder / "adapter_config.json", r=0)
-    trap.refused("says rank 0; save the adapter again", {"a": folder})
+    trap.refused("has r=0, which PEFT does not write", {"a": folder})

@@ -15,7 +15,7 @@ from poemerge.merge import merge_checkpoints
 from poemerge.merging.plan import plan_merge
 from tasks.report import write_report
 from tasks.report.sources import Sources
-from tests.reliability.many import Shapes, normal, write
+from tests.reliability.many import Shapes, fine_tuned, normal, write
 
 ROOT = Path(__file__).parents[2]
 HANDLES = 256
@@ -81,8 +81,9 @@ class Work:
 
     def __init__(self, root: Path, shapes: Shapes) -> None:
         self.root, self.shapes = root, shapes
-        self.base = write(root / "base", normal(shapes, 0))
-        self.experts = {n: write(root / n, normal(shapes, s)) for s, n in ((1, "a"), (2, "b"))}
+        base = normal(shapes, 0)
+        self.base = write(root / "base", base)
+        self.experts = {n: write(root / n, fine_tuned(base, s)) for s, n in ((1, "a"), (2, "b"))}
 
     def seconds(self, name: str, times: int) -> float:
         """Of the processor; the least of several."""
