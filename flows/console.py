@@ -139,7 +139,9 @@ def show_extraction(report: "ExtractReport", out: Path) -> None:
     )
 
 
-def show_plan(plan: "Plan", device: Any, budget: int | None, seconds: float) -> None:
+def show_plan(
+    plan: "Plan", device: Any, budget: int | None, seconds: float, *, deep: bool = False
+) -> None:
     """What would be done to which tensors, in which batches, and at what cost."""
     from poemerge.rules import MEANINGS
 
@@ -166,7 +168,8 @@ def show_plan(plan: "Plan", device: Any, budget: int | None, seconds: float) -> 
         f"peak memory about {plan.peak_bytes(device, budget) / 1e9:.2f} GB; reads "
         f"{plan.read_bytes / 1e9:.2f} GB; about {seconds:.0f} s on this machine"
     )
-    console.print("planned from headers: whether all values are finite shows in the merge")
+    seen = "every value" if deep else "some rows of each tensor (--deep: every value)"
+    console.print(f"looked at: headers, and {seen}")
 
 
 def _by_shape(groups: "Sequence[Group]") -> "dict[tuple[str, str], list[Group]]":

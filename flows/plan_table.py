@@ -1,7 +1,6 @@
 """`poemerge plan` in the terminal."""
 
-from collections.abc import Sequence
-
+from rich.markup import escape
 from rich.table import Table
 
 from flows.console import console
@@ -11,13 +10,13 @@ UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 SPANS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
 
 
-def show_outlook(outlook: Outlook, title: str, notes: Sequence[str] = ()) -> None:
+def show_outlook(outlook: Outlook, title: str) -> None:
     """What it takes, and how long with how many workers."""
     cost, longest = outlook.cost, outlook.longest
     rates = outlook.schedules[1].rates
     alone = rates.total(longest.cost)
     console.print(
-        f"[bold]{title}[/]: {len(outlook.jobs)} jobs, a shard each\n"
+        f"[bold]{title}[/]: {_count(len(outlook.jobs), 'job')}, a shard each\n"
         f"reads {amount(cost.read, 'B')}, writes {amount(cost.written, 'B')}; "
         f"{amount(cost.single, 'FLOP')} in fp32, {amount(cost.double, 'FLOP')} in fp64; "
         f"peak memory of a worker about {amount(outlook.peak_bytes, 'B')}\n"
@@ -32,10 +31,14 @@ def show_outlook(outlook: Outlook, title: str, notes: Sequence[str] = ()) -> Non
         table.add_row(*row, style=style)
     console.print(table)
     if outlook.best < max(outlook.schedules):
-        text = f"more than {outlook.best} workers wait for one another: a job is a shard"
+        text = f"more than {_count(outlook.best, 'worker')} would wait: a job is a shard"
         console.print(f"{text}, and smaller shards of the base would spread better")
-    for note in (*outlook.notes, *notes):
-        console.print(f"[yellow]note[/] {note}")
+    for note in outlook.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def amount(number: float, unit: str) -> str:

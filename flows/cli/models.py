@@ -197,7 +197,7 @@ def check(
     with plan_merge(folders.pop("base"), folders, method, settings, Terms(**terms)) as made:
         plan = made.fitted(where, in_bytes(memory))
         alone = Schedule.balanced(jobs(plan), Rates.measured(where), workers=1)
-        show_plan(plan, where, in_bytes(memory), alone.seconds)
+        show_plan(plan, where, in_bytes(memory), alone.seconds, deep=terms["deep"])
 
 
 @click.command()
