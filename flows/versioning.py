@@ -4,6 +4,7 @@ The same functions, then the same `dvc.lock`, byte for byte. Committing blesses 
 the working directory, so only stages that were just made, or found to be current, are named here.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError
 
+from poemerge.atomic import PARTIAL
 from poemerge.errors import SettingError, SourceError
 from tasks.dvc_store.reference import repository
 
-GRAPH = "dvc.yaml"
+GRAPH, LOCK = "dvc.yaml", "dvc.lock"
+KEPT = f"{LOCK}.kept"  # as it was, as long as DVC writes it
 PATIENCE = 120.0  # seconds to wait while another DVC process holds the stage
 PAUSE = 0.5  # seconds between two tries
 
@@ -50,7 +53,7 @@ def commit(stages: Iterable[str], params: Mapping[str, Any]) -> None:
         SettingError: there is no repository, no such stage, or params.yaml was edited meanwhile.
         SourceError: an output is missing, or the cache cannot take it, or DVC stays locked.
     """
-    with _repository() as repo:
+    with _repository() as repo, _kept(Path(repo.tmp_dir, KEPT)):
         for stage in stages:
             _check_params(_load(repo, stage), params)
             _patiently(partial(_commit, repo, f"{GRAPH}:{stage}"))
@@ -74,6 +77,20 @@ def _repository() -> Iterator[Any]:
         raise SettingError(message)
     with repository() as repo:
         yield repo
+
+
+@contextmanager
+def _kept(copy: Path) -> Iterator[None]:
+    """Go on from the lock as it was where a commit was killed: DVC writes it in place."""
+    lock, partial = Path(LOCK), copy.with_name(copy.name + PARTIAL)
+    if copy.exists():
+        lock.unlink(missing_ok=True)
+        if copy.stat().st_size:
+            shutil.copyfile(copy, lock)
+    partial.write_bytes(lock.read_bytes() if lock.exists() else b"")
+    partial.replace(copy)
+    yield
+    copy.unlink()
 
 
 def _load(repo: Any, name: str) -> Any:

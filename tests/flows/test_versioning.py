@@ -256,6 +256,31 @@ def test_it_goes_on_where_dvc_was_killed_while_it_wrote_its_lock(project: Path) 
     assert in_lock() == ["fetch"]
 
 
+def test_it_goes_on_where_a_commit_was_killed_while_dvc_wrote(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC writes dvc.lock in place too; what it was before is kept as long as that takes."""
+    flow(PARAMS)
+    whole = Path("dvc.lock").read_bytes()
+    for before in (whole, b""):
+        if not before:
+            Path("dvc.lock").unlink()
+
+        def killed(*_: object) -> None:
+            Path("dvc.lock").write_bytes(whole[:40])
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(versioning, "_commit", killed)
+            with pytest.raises(KeyboardInterrupt):
+                versioning.commit(["fetch"], PARAMS)
+        versioning.commit(["fetch"], PARAMS)
+        assert in_lock()[0] == "fetch"
+        assert not list(Path(".dvc/tmp").glob("dvc.lock*"))
+        if before:
+            assert Path("dvc.lock").read_bytes() == whole
+
+
 def test_it_does_not_wait_for_ever(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versioning, "PATIENCE", 0.0)
     flow(PARAMS)
