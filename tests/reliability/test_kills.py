@@ -299,12 +299,14 @@ def test_a_stopped_merge(trials: Trials, sources: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("api")
+@pytest.mark.usefixtures("long")
 def test_a_killed_sweep(trials: Trials, project: Path, tmp_path: Path) -> None:
     """A sweep killed at a random moment is gone on with, to the same scores and winners"""
     disturb(trials, {"short": 1, "full": 50}, Sweep(project), tmp_path, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("api")
+@pytest.mark.usefixtures("long")
 def test_a_stopped_sweep(trials: Trials, project: Path, tmp_path: Path) -> None:
     """A sweep stopped by Ctrl-C or SIGTERM at a random moment says how to go on, and does"""
     disturb(trials, {"short": 1, "full": 50}, Sweep(project), tmp_path, *STOPS)
@@ -317,6 +319,7 @@ def test_a_killed_registration(trials: Trials, evaluated: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("api")
+@pytest.mark.usefixtures("long")
 def test_a_stopped_registration(trials: Trials, evaluated: Path, tmp_path: Path) -> None:
     """A registration stopped by Ctrl-C or SIGTERM at a random moment likewise says how to go on"""
     disturb(trials, {"short": 1, "full": 50}, Registration(evaluated), tmp_path, *STOPS)

@@ -99,6 +99,7 @@ def check(project: Path) -> None:
     assert len(set(digests)) == len(digests)
 
 
+@pytest.mark.usefixtures("long")
 def test_a_killed_run(trials: Trials, project: Path, pool: str, client: SyncPrefectClient) -> None:
     """A scheduled run whose process is killed is told as crashed, and the next one completes"""
     with worker(pool) as working:
@@ -113,6 +114,7 @@ def test_a_killed_run(trials: Trials, project: Path, pool: str, client: SyncPref
                 check(project)
 
 
+@pytest.mark.usefixtures("long")
 def test_a_killed_worker(
     trials: Trials, project: Path, pool: str, client: SyncPrefectClient
 ) -> None:
