@@ -18,7 +18,7 @@ from dvc.lock import LockError
 from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError
 
 from poemerge.atomic import PARTIAL
-from poemerge.errors import SettingError, SourceError
+from poemerge.errors import PoemergeError, SettingError, SourceError
 from tasks.dvc_store.reference import repository
 
 GRAPH, LOCK = "dvc.yaml", "dvc.lock"
@@ -89,7 +89,11 @@ def _kept(copy: Path) -> Iterator[None]:
             shutil.copyfile(copy, lock)
     partial.write_bytes(lock.read_bytes() if lock.exists() else b"")
     partial.replace(copy)
-    yield
+    try:
+        yield
+    except PoemergeError:  # DVC refused, and has left the lock whole
+        copy.unlink()
+        raise
     copy.unlink()
 
 

@@ -69,6 +69,15 @@ doc_to_choice: [a, b]
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+EASY = """\
+promote:
+  automatic: true
+  min_gain: -1.0
+  level: 0.95
+  max_drop: 1.0
+  certificates: true
+  verify: true
+"""
 
 
 def make_project(folder: Path, zoo) -> Path:  # noqa: ANN001

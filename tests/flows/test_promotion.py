@@ -29,18 +29,9 @@ from flows.places import Places
 from flows.promote import after_run, promote_with_approval
 from poemerge.lineage import hash_files
 from tasks import promote
-from tests.flows.conftest import PARAMS, TASKS
+from tests.flows.conftest import EASY, PARAMS, TASKS
 from tests.tasks.registry import NAME, add_version, aliases, new_repository
 
-EASY = """\
-promote:
-  automatic: true
-  min_gain: -1.0
-  level: 0.95
-  max_drop: 1.0
-  certificates: true
-  verify: true
-"""
 PATIENCE = 180  # s, of a busy machine
 
 

@@ -303,6 +303,7 @@ def test_what_is_missing_is_named(project: Path) -> None:
         versioning.commit(["fetch"], PARAMS)
     with pytest.raises(SettingError, match=r"dvc\.yaml has no usable stage merge@nothing"):
         versioning.commit(["merge@nothing"], PARAMS)
+    assert not list(Path(".dvc/tmp").glob("dvc.lock*"))  # a refusal is no kill: nothing to undo
     Path("dvc.yaml").unlink()
     with pytest.raises(SettingError, match=r"has no dvc\.yaml"):
         versioning.check()

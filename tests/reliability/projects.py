@@ -3,17 +3,8 @@
 import shutil
 from pathlib import Path
 
-from tests.flows.conftest import keep_two_candidates, make_project
+from tests.flows.conftest import EASY, keep_two_candidates, make_project
 
-PROMOTE = """\
-promote:
-  automatic: true
-  min_gain: -1.0
-  level: 0.95
-  max_drop: 1.0
-  certificates: true
-  verify: true
-"""
 LITTLE = {"limit: 6": "limit: 2", "detail: 2": "detail: 0"}
 
 
@@ -24,7 +15,7 @@ def new_project(folder: Path, zoo) -> Path:  # noqa: ANN001
     params = (folder / "params.yaml").read_text()
     for much, little in LITTLE.items():
         params = params.replace(much, little)
-    (folder / "params.yaml").write_text(params + PROMOTE)
+    (folder / "params.yaml").write_text(params + EASY)
     return folder
 
 
