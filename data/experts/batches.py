@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from lm_eval.tasks import TaskManager
@@ -28,6 +28,10 @@ class Batch(NamedTuple):
     ids: Tensor  # (items, width)
     mask: Tensor  # (items, width), 0 where padded
     labels: Tensor  # (items, longest answer), IGNORED where there is no answer token
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch there."""
+        return self._make(each.to(device) for each in self)
 
 
 def examples(name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -34,7 +34,7 @@ class Recipe:
 
 KINDS = {
     "lora": Recipe(steps=80, peak_rate=1e-3, rank=4, alpha=8),
-    "full": Recipe(steps=60, peak_rate=3e-5),
+    "full": Recipe(steps=80, peak_rate=1e-4),
 }
 
 

@@ -21,6 +21,7 @@ from kinds import KINDS, Recipe, prepare, store
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from poemerge.device import describe_device, pick_device
 from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, package_versions, produce
 
@@ -34,7 +35,9 @@ def seed_of(task: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{task} {seed}".encode()).digest()[:4])
 
 
-def record_of(task: str, base: Path, kind: str, recipe: Recipe, seed: int) -> Lineage:
+def record_of(
+    task: str, base: Path, kind: str, recipe: Recipe, *, seed: int, device: torch.device
+) -> Lineage:
     """What makes an expert: the base, the task's prompt and training items, recipe and seed."""
     inputs = (
         Source.of("base", base),
@@ -44,7 +47,9 @@ def record_of(task: str, base: Path, kind: str, recipe: Recipe, seed: int) -> Li
     params = {"kind": kind, "task": task, "seed": seed, **asdict(recipe)}
     tools = {name: metadata.version(name) for name in ("lm_eval", "peft", "transformers")}
     packages = dict(package_versions()) | tools
-    return Lineage("train", params, inputs, code={}, packages=packages)  # poemerge shapes nothing
+    where = describe_device(device)
+    # Poemerge shapes nothing.
+    return Lineage("train", params, inputs, device=where, code={}, packages=packages)
 
 
 def loss(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -69,12 +74,15 @@ class Training:
         base: the folder of the checkpoint to start from.
         recipe: how.
         seed: of the first factors and of the order of the items.
+        device: where it is trained.
     """
 
-    def __init__(self, task: str, base: Path, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, task: str, base: Path, recipe: Recipe, seed: int, device: torch.device
+    ) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base)
         self.task, self.recipe, self.done = task, recipe, 0
-        self.model = prepare(base, recipe, seed)
+        self.device, self.model = device, prepare(base, recipe, seed).to(device)
         self.weights = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.optimiser = torch.optim.AdamW(self.weights.values(), weight_decay=0.0)
         items = examples(task, tokenizer)
@@ -84,7 +92,7 @@ class Training:
         """One step down the loss, which is returned."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.rate(self.done)
-        value = loss(self.model, batch)
+        value = loss(self.model, batch.to(self.device))
         value.backward()
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimiser.step()
@@ -116,7 +124,7 @@ class Training:
         """Go on from `state` if it is there and belongs to this very training."""
         if not state.exists():
             return
-        found = torch.load(state, weights_only=True)
+        found = torch.load(state, map_location=self.device, weights_only=True)
         if found["key"] != key:
             return
         with torch.no_grad():
@@ -127,13 +135,15 @@ class Training:
         logger.info("%s: goes on after step %d", self.task, self.done)
 
 
-def make(task: str, base: Path, kind: str, out: Path, *, recipe: Recipe, seed: int) -> None:
+def make(
+    task: str, base: Path, kind: str, out: Path, *, recipe: Recipe, seed: int, device: torch.device
+) -> None:
     """Train and store the expert `out / task`, unless it is there already."""
-    record = record_of(task, base, kind, recipe, seed)
+    record = record_of(task, base, kind, recipe, seed=seed, device=device)
     state = out / f"{task}.state"
 
     def work(folder: Path) -> None:
-        training = Training(task, base, recipe, seed_of(task, seed))
+        training = Training(task, base, recipe, seed_of(task, seed), device)
         training.run(state, record.key)
         store(training.model, base, folder)
 
@@ -150,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", choices=sorted(KINDS), default="lora")
     parser.add_argument("--seed", type=int, default=0, help="of the whole zoo")
     parser.add_argument("--steps", type=int, help="fewer or more than the recipe has")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
     parser.add_argument("--base", type=Path, default=Path("artifacts/fetch/base"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the zoo")
     args = parser.parse_args(arguments)
@@ -160,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     recipe = KINDS[args.kind]
     recipe = replace(recipe, steps=args.steps or recipe.steps)
+    how = {"recipe": recipe, "seed": args.seed, "device": pick_device(args.device)}
     for task in args.tasks:
-        make(task, args.base, args.kind, args.out, recipe=recipe, seed=args.seed)
+        make(task, args.base, args.kind, args.out, **how)
 
 
 if __name__ == "__main__":

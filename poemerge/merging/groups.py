@@ -75,7 +75,7 @@ class Group:
                 for start in range(0, rows, step):
                     yield Batch(self, (info,), (start, min(start + step, rows)))
             return
-        count = max(1, limit // max(1, self.loaded_bytes))
+        count = 1 if self.streamed else max(1, limit // max(1, self.loaded_bytes))
         for start in range(0, len(self.tensors), count):
             yield Batch(self, self.tensors[start : start + count])
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from poemerge import describe_uncertainty
 from poemerge.device import device_id
-from poemerge.merge import merge_checkpoints
+from poemerge.merge import SAMPLES, merge_checkpoints
+from poemerge.merging import memory
 from poemerge.method import METHODS, Call
 from poemerge.methods import find
 from poemerge.methods.cauchy_poe import Cauchy
@@ -86,13 +88,13 @@ def test_a_step_does_not_wait() -> None:
     assert merged.isfinite().all()
 
 
-def folders(root: Path) -> tuple[Path, dict[str, Path]]:
+def folders(root: Path, width: int = 320) -> tuple[Path, dict[str, Path]]:
     """A base and three experts, by hand: no library but safetensors."""
     base = {
-        "model.embed_tokens.weight": randn(900, 320, seed=0),
-        "model.layers.0.q_proj.weight": randn(320, 320, seed=1),
-        "model.layers.1.q_proj.weight": randn(320, 320, seed=2),
-        "model.norm.weight": randn(320, seed=3),
+        "model.embed_tokens.weight": randn(900, width, seed=0),
+        "model.layers.0.q_proj.weight": randn(width, width, seed=1),
+        "model.layers.1.q_proj.weight": randn(width, width, seed=2),
+        "model.norm.weight": randn(width, seed=3),
     }
     made = {}
     for index, name in enumerate(("base", "a", "b", "c")):
@@ -162,6 +164,49 @@ def test_a_card_that_is_really_full(tmp_path: Path) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert free > hold
     assert len(report.tensors) == 4
+
+
+@pytest.mark.parametrize("method", ["gaussian_poe", "cauchy_poe", "student_t_poe"])
+def test_experts_that_come_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    base, experts = folders(tmp_path)
+    merge_checkpoints(base, experts, tmp_path / "cpu", method, "cpu", dtype="float32")
+    monkeypatch.setitem(memory.ROOM, "cuda", 3 << 20)
+    report = merge_checkpoints(base, experts, tmp_path / "gpu", method, "cuda", dtype="float32")
+    assert "do not fit in memory together" in str(report.warnings)
+    here, there = (load_file(tmp_path / d / "model.safetensors") for d in ("cpu", "gpu"))
+    moved = load_file(base / "model.safetensors")
+    for name, weight in here.items():
+        gap = torch.linalg.norm(there[name] - weight)
+        assert gap <= 1e-3 * torch.linalg.norm(weight - moved[name].float()), name
+
+
+@pytest.mark.parametrize("sampler", ["laplace", "langevin"])
+def test_draws_around_the_mode(tmp_path: Path, sampler: str) -> None:
+    base, experts = folders(tmp_path, width=16)
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        how = {"dtype": "float32", "samples": 2, "sampler": sampler}
+        merge_checkpoints(base, experts, out, "cauchy_poe", device, **how)
+    for draw in ("000", "001"):
+        here, there = (
+            load_file(tmp_path / f"{d}{SAMPLES}" / draw / "model.safetensors")
+            for d in ("cpu", "cuda")
+        )
+        for name, weight in here.items():
+            assert_close(there[name], weight, 1e-2)  # a draw enlarges what two solves differ by
+
+
+def test_where_a_merge_is_uncertain(tmp_path: Path) -> None:
+    base, experts = folders(tmp_path)
+    here, there = (
+        describe_uncertainty(base, experts, "cauchy_poe", {}, device=d)["tensors"]
+        for d in ("cpu", "cuda")
+    )
+    for name, facts in here.items():
+        for fact, value in facts.items():
+            assert there[name][fact] == pytest.approx(value, rel=1e-3)
 
 
 def test_a_card_has_one_name_whatever_it_is_called() -> None:
