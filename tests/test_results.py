@@ -14,9 +14,6 @@ ROOT = Path(__file__).parents[1]
 MEASURED = {path.stem: json.loads(path.read_text()) for path in (ROOT / page.MEASURED).glob("*")}
 
 
-UNLEARNED = {"full-0": {"sarcasm"}}  # as the page says; 60 steps were too few
-
-
 def test_the_page_says_what_was_measured() -> None:
     zoos = [MEASURED[name] for name in sorted(MEASURED)]
     assert page.page(zoos) == (ROOT / page.PAGE).read_text(encoding="utf-8")
@@ -41,6 +38,5 @@ def test_what_is_measured_is_a_params_file(zoo: Zoo) -> None:
 
 
 def test_every_expert_beats_the_base_on_its_own_task() -> None:
-    for name, zoo in MEASURED.items():
-        learned = set(zoo["tasks"]) - UNLEARNED.get(name, set())
-        assert all(zoo["experts"][task][task] > zoo["base"][task] for task in learned)
+    for zoo in MEASURED.values():
+        assert all(zoo["experts"][task][task] > zoo["base"][task] for task in zoo["tasks"])

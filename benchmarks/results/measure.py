@@ -13,6 +13,7 @@ from flows.params import load
 from flows.places import PLAIN, Places
 from flows.steps import steps
 from flows.sweep import sweep
+from poemerge.device import describe_device, pick_device
 from tasks import paired
 from tasks.paired import Outcomes
 from tasks.register.leaderboard import read_costs, read_scores
@@ -97,6 +98,7 @@ def _facts(zoo: Zoo, places: Places) -> dict[str, Any]:
         "zoo": asdict(zoo),
         "tasks": tasks,
         "limit": params.evaluate.limit,
+        "device": describe_device(pick_device(params.evaluate.device)),
         "base": _test(places.evaluation("base", "base"), tasks),
         "experts": {name: _test(places.evaluation("expert", name), tasks) for name in tasks},
         "untuned": _untuned(plain, tasks),

@@ -32,7 +32,7 @@ def page(zoos: Sequence[Mapping[str, Any]]) -> str:
         items = "all" if zoo["limit"] is None else zoo["limit"]
         parts += [
             f"## {kind}, seed {zoo['zoo']['seed']}",
-            f"{items} items per task and split.",
+            f"{items} items per task and split, on {zoo['device']}.",
             "### Experts on each other's tasks",
             _interference(zoo),
             "### Untuned",
