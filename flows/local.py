@@ -15,6 +15,7 @@ import psutil
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.watch import ending_with_us
 from poemerge.errors import SettingError, SourceError
 
 DEFAULT = "http://127.0.0.1:4200/api"
@@ -113,7 +114,8 @@ def _running(
         start_new_session=True,
     )
     try:
-        yield process
+        with ending_with_us(process.pid):
+            yield process
     finally:
         with _uninterrupted():
             _stop(process)

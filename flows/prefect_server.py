@@ -23,7 +23,12 @@ def asked() -> Iterator[None]:
         SettingError: it cannot be reached, does not know who asks, or refused something.
         LostError: it went away on the way. If the run failed by itself, that error instead.
     """
-    server = f"Prefect at {redact(PREFECT_API_URL.value() or '')}"
+    url = PREFECT_API_URL.value()
+    server = f"Prefect at {redact(url or '')}"
+    if not url:
+        from flows.own_server import OwnServer  # noqa: PLC0415 - it takes seconds
+
+        OwnServer()  # which Prefect starts when it needs one
     try:
         yield
     except PrefectHTTPStatusError as error:

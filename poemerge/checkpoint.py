@@ -276,6 +276,11 @@ def _open(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is no intact safetensors file ({error}); fetch it again."
         ) from error
+    except MemoryError as error:  # the library maps a file before it looks into it
+        raise CheckpointError(
+            f"{path} is larger than what this process may map into memory; raise the limit "
+            "(`ulimit -v`), or fetch it again if it should be smaller."
+        ) from error
 
 
 def _starts(descriptor: int) -> dict[str, int]:

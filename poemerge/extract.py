@@ -16,6 +16,7 @@ from poemerge.extracting.report import ExtractReport
 from poemerge.extracting.rules import Policy
 from poemerge.extracting.walk import Extraction
 from poemerge.lineage import Lineage, Source, core_code
+from poemerge.names import real_path
 from poemerge.outfolder import reserved
 from poemerge.progress import Progress, silent
 from poemerge.truncate import check_choice
@@ -88,7 +89,7 @@ def extract_adapter(
 def _opened(base: Path, expert: Path) -> Iterator[tuple[Checkpoint, Expert]]:
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(base))
-        opened = open_expert(expert.resolve().name, expert, checkpoint)
+        opened = open_expert(real_path(expert).name, expert, checkpoint)
         stack.callback(opened.close)
         yield checkpoint, opened
 

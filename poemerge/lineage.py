@@ -52,6 +52,19 @@ def hash_files(folder: Path) -> dict[str, str]:
         raise SourceError(f"{reason}; mend its permissions, or take it out.") from error
 
 
+def check_text(path: Path) -> None:
+    """Refuse a text that no model comes with, before hours go into its hash or its copy.
+
+    Raises:
+        SourceError: it is far too large.
+    """
+    if path.is_file() and path.stat().st_size > documents.SIZE:
+        raise SourceError(
+            f"{path} has {path.stat().st_size} bytes, where {documents.SIZE} are plenty; get it "
+            "again, or take it out."
+        )
+
+
 def sha256(path: Path) -> str:
     """sha256 of a file; a file that has not been touched since is not read twice."""
     stat = path.stat()
@@ -125,7 +138,13 @@ class Source:
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Self:
-        """Hash `folder` and take over the record that it carries, if any."""
+        """Hash `folder` and take over the record that it carries, if any.
+
+        Raises:
+            SourceError: a file cannot be read, or a text is far too large.
+        """
+        for path in folder.rglob("*.json"):
+            check_text(path)
         record, files = Lineage.find(folder), hash_files(folder)
         if record is None:
             return cls(name, files, _address(folder))

@@ -23,7 +23,7 @@ from poemerge.merging.terms import Terms
 from poemerge.merging.walk import Walk
 from poemerge.methods import find
 from poemerge.model_card import side_files
-from poemerge.names import unused_name
+from poemerge.names import real_path, unused_name
 from poemerge.outfolder import reserved
 from poemerge.progress import Progress, silent
 from poemerge.report import MergeReport
@@ -176,5 +176,5 @@ def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> di
         return {name: Path(folder) for name, folder in experts.items()}
     named: dict[str, Path] = {}
     for folder in map(Path, experts):
-        named[unused_name(folder.resolve().name, named)] = folder
+        named[unused_name(real_path(folder).name, named)] = folder
     return named

@@ -7,7 +7,7 @@ from typing import Any
 
 from poemerge.atomic import write_json, write_text
 from poemerge.checkpoint import read_json
-from poemerge.lineage import RECORD, Lineage, Source
+from poemerge.lineage import RECORD, Lineage, Source, check_text
 from poemerge.names import check_link
 from poemerge.report import REPORT, MergeReport
 
@@ -43,7 +43,7 @@ def side_files(base: Path) -> tuple[Path, ...]:
     """Config, tokenizer and templates of a base, which its merges take over.
 
     Raises:
-        SourceError: one is a link that leads out of the folder.
+        SourceError: one is a link that leads out of the folder, or far too large.
     """
     found = tuple(
         path
@@ -54,6 +54,7 @@ def side_files(base: Path) -> tuple[Path, ...]:
     )
     for path in found:
         check_link(path)
+        check_text(path)
     return tuple(path for path in found if path.is_file())
 
 

@@ -1,5 +1,6 @@
 """Names that do not collide, and that lead nowhere else."""
 
+import os
 from collections.abc import Container
 from pathlib import Path, PurePosixPath
 
@@ -20,15 +21,21 @@ def stays_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
+def real_path(path: Path) -> Path:
+    """Where links lead to; links in a circle, at which `resolve` breaks off, lead to themselves."""
+    return Path(os.path.realpath(path))
+
+
 def check_link(file: Path) -> None:
     """Refuse a link that leads out of its folder: a copy would hold what the folder never did.
 
-    The hub's own cache is a folder of links to the blobs beside it; these are followed.
+    The hub's own cache is a folder of links to the blobs beside it; these are followed. One that
+    leads nowhere at all is for its reader to refuse.
 
     Raises:
         SourceError: naming the link.
     """
-    folder, target = file.parent.resolve(), file.resolve()
+    folder, target = real_path(file.parent), real_path(file)
     blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
     if not target.is_relative_to(folder) and target.parent != blobs:
         raise SourceError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from poemerge.alone import alone
 from poemerge.errors import SettingError
+from poemerge.names import real_path
 
 
 @contextmanager
@@ -34,8 +35,8 @@ def check_out(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
     Raises:
         SettingError: it is, holds or lies in a source, or exists and `overwrite` is False.
     """
-    resolved = out.resolve()
-    for source in (source.resolve() for source in sources):
+    resolved = real_path(out)
+    for source in map(real_path, sources):
         if resolved in (source, *source.parents) or source in resolved.parents:
             raise SettingError(
                 f"{out} is, holds or lies in the source {source}; choose another folder."

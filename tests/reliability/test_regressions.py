@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -19,16 +20,19 @@ from flows.params import read as read_params
 from poemerge.checkpoint import Checkpoint
 from poemerge.documents import LEVELS, check_tree, parse_json
 from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
+from poemerge.extract import extract_adapter
 from poemerge.lineage import RECORD, Lineage, Source, hash_files
 from poemerge.lora_config import LoraConfig
 from poemerge.merge import merge_checkpoints
 from tasks.evaluate.task_files import find_tasks
-from tasks.fetch import trained_on
+from tasks.fetch import fetch, trained_on
 from tasks.fetch.gguf_header import check_header
 from tasks.paired import Outcomes
 from tasks.provenance.history import Evaluation
+from tests.reliability.corpus import places
 from tests.zoo import Zoo
 
+PUT = (os.mkfifo, Path.mkdir, places.sparse, places.dangling, places.long_loop)
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 
 
@@ -192,6 +196,53 @@ def test_side_files_that_are_no_files(zoo: Zoo, tmp_path: Path) -> None:
     (base / "zeros.txt").symlink_to("/dev/zero")
     with pytest.raises(SourceError, match=r"zeros\.txt"):
         merge_checkpoints(base, [zoo.full(1)], tmp_path / "zeros", "average", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("put", PUT, ids=lambda put: put.__name__)
+def test_what_is_fetched_is_files_of_a_possible_size(
+    model: Path, tmp_path: Path, name: str, put: Callable[[Path], None]
+) -> None:
+    (model / "config.json").write_text("{}")
+    (model / name).unlink()
+    put(model / name)
+    with pytest.raises(PoemergeError, match=name):
+        fetch.fn("model", str(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_terabytes_of_text_beside_weights(zoo: Zoo, tmp_path: Path) -> None:
+    base, expert = (copytree(zoo.full(seed), tmp_path / str(seed)) for seed in (1, 2))
+    places.sparse(expert / "generation_config.json")
+    with pytest.raises(SourceError, match=r"generation_config.json has 4398046511104 bytes"):
+        merge_checkpoints(base, [expert], tmp_path / "out", "average", device="cpu")
+    (expert / "generation_config.json").unlink()
+    places.sparse(base / "vocab.txt")
+    with pytest.raises(SourceError, match=r"vocab.txt has 4398046511104 bytes"):
+        merge_checkpoints(base, [expert], tmp_path / "out", "average", device="cpu")
+
+
+def test_weights_too_large_to_be_mapped(model: Path) -> None:
+    places.sparse(model / "model.safetensors")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 41, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="larger than what this process may map"):
+            opened(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_links_in_a_circle(zoo: Zoo, tmp_path: Path) -> None:
+    base = copytree(zoo.base(), tmp_path / "base")
+    places.long_loop(base / "vocab.txt")
+    merge_checkpoints(base, [zoo.full(1)], tmp_path / "out", "average", device="cpu")
+    assert not (tmp_path / "out/vocab.txt").is_symlink()
+    places.long_loop(tmp_path / "expert")
+    with pytest.raises(SourceError, match="expert is not a folder"):
+        merge_checkpoints(base, [tmp_path / "expert"], tmp_path / "new", "average", device="cpu")
+    with pytest.raises(SourceError, match="expert is not a folder"):
+        extract_adapter(base, tmp_path / "expert", tmp_path / "new", 2, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
+    assert path.is_file(), f"{path} was taken for a config"  # to read a FIFO takes for ever
     tree = strict_json(path)
     assert isinstance(tree, dict)
     text = tree.get("text_config", tree)

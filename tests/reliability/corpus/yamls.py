@@ -139,7 +139,7 @@ def as_defined(folder: Path, way: str) -> None:
     taken = json.loads((folder / "taken.json").read_text())
     assert taken["test"] == (tree.get("test_split") or tree.get("validation_split"))
     for split, file in tree["dataset_kwargs"]["data_files"].items():
-        lines = (folder / "tasks" / file).read_text(encoding="utf-8").splitlines()
+        lines = (folder / "tasks" / file).read_text(encoding="utf-8-sig").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
         assert [_filled(row, rows) for row in rows] == taken["rows"][split]
 
