@@ -7,6 +7,7 @@ where none of them moved since the last complete run, there is nothing to do (de
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -129,8 +130,13 @@ def _inputs(params: Params, sources: Mapping[str, str]) -> Inputs:
 def _resolved(places: Places) -> dict[str, str]:
     asked = [step.arguments for step in steps.steps("fetch", places)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda a: resolve(a["source"], a["dtype"], Path(a["out"])), asked)
-        return dict(zip((a["name"] for a in asked), found, strict=True))
+        found = {
+            a["name"]: pool.submit(
+                copy_context().run, resolve, a["source"], a["dtype"], Path(a["out"])
+            )
+            for a in asked
+        }
+        return {name: revision.result() for name, revision in found.items()}
 
 
 def _code() -> dict[str, str]:

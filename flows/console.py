@@ -34,6 +34,7 @@ def start_logging() -> None:
     handler = RichHandler(
         console=errors, show_path=False, show_level=False, omit_repeated_times=False
     )
+    logging.raiseExceptions = False  # a line that a server did not take is no matter for people
     for name in OURS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
@@ -88,7 +89,7 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def board_table(title: str, caption: str) -> Table:
+def board_table(title: str, caption: str | None = None) -> Table:
     """An empty table in the look of all leaderboards."""
     return Table(
         title=title,

@@ -44,7 +44,9 @@ def show_audit(name: str, ledger: "Ledger", *, as_json: bool) -> None:
         whole = {"name": name, "decisions": rows, "problems": list(ledger.problems)}
         console.print_json(json.dumps(whole))
         return
-    table = board_table(f"Decisions about {name}", "void: another came first; nothing came of it")
+    has_void = any(row.void for row in ledger.rows)
+    meaning = "void: another came first; nothing came of it" if has_void else None
+    table = board_table(f"Decisions about {name}", meaning)
     for column in ("", "when", "who", "what", "version", "champion", "why"):
         table.add_column(column, overflow="fold")
     for row in ledger.rows:

@@ -1,29 +1,25 @@
 """A Prefect deployment of the pipeline: what prefect.yaml says, on the schedule of params.yaml."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, cast
 from zoneinfo import available_timezones
 
-import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runner.storage import LocalStorage
 from prefect.schedules import Cron
 from prefect.server.schemas.schedules import CronSchedule
-from prefect.settings import PREFECT_API_URL
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.process import ProcessWorker
 
 from flows.params import ScheduleParams, load, read
-from poemerge.errors import SettingError, SourceError
-from poemerge.redaction import redact
+from poemerge.errors import SettingError
 
 TEMPLATE = Path("prefect.yaml")
 
@@ -151,35 +147,3 @@ def _make_pool(client: SyncPrefectClient, name: str) -> None:
     if kind != "process":
         message = f"work pool {name} is of type {kind}, not process; name another by --pool."
         raise SettingError(message)
-
-
-@contextmanager
-def connected() -> Iterator[SyncPrefectClient]:
-    """A client of PREFECT_API_URL.
-
-    Raises:
-        SettingError: no server is named.
-        SourceError: the server cannot be reached, or refuses.
-    """
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise SettingError("no Prefect server is named; set PREFECT_API_URL, or use --local.")
-    server = f"Prefect at {redact(url)}"
-    try:
-        with get_client(sync_client=True) as client:
-            if unwell := client.api_healthcheck():
-                raise SourceError(
-                    f"{server} cannot be reached ({type(unwell).__name__}); start it, or correct "
-                    "PREFECT_API_URL."
-                )
-            client.raise_for_api_version_mismatch()
-            yield client
-    except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        denied = status == httpx.codes.UNAUTHORIZED
-        advice = "set PREFECT_API_AUTH_STRING" if denied else "its log says why"
-        raise SourceError(f"{server} answers with status {status}; {advice}.") from error
-    except httpx.HTTPError as error:
-        raise SourceError(f"{server} broke off ({type(error).__name__}); try again.") from error
-    except RuntimeError as error:
-        raise SourceError(f"{server} refuses: {error}") from error

@@ -24,6 +24,7 @@ from flows.steps import STAGES, Step, steps
 from poemerge.alone import alone
 from poemerge.redaction import guard_logs
 from tasks.dvc_store.remote import check_remote
+from tasks.fetch import resolved_once
 from tasks.progress import watched_by, watching
 
 PER_STEP = ("merge",)  # one DVC stage for each step
@@ -59,7 +60,14 @@ def pipeline(
     guard_logs()
     for name in OURS:  # in a worker nobody else does, and Prefect's log would lack our lines
         logging.getLogger(name).setLevel(logging.INFO)
-    path = Path(params)
+    with resolved_once():
+        return _bring_up_to_date(Path(params), tuple(overrides), force=force, push=push)
+
+
+def _bring_up_to_date(
+    path: Path, overrides: tuple[str, ...], *, force: bool, push: bool
+) -> dict[str, Any]:
+    """Look what moved, and run all stages if anything did; as `pipeline`."""
     tree = read(path)
     places = find_places(path, overrides)
     if places.is_plain:
@@ -82,7 +90,7 @@ def pipeline(
         turn(places.params.devices),
         watched_by(*watching(), artifacts.Steps()),
     ):
-        made = _run(places, tree, tuple(overrides))
+        made = _run(places, tree, overrides)
         if push:
             share(places)
         promotion = after_run(places, trial=bool(overrides))

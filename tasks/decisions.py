@@ -1,36 +1,19 @@
-"""The audit table of a registered model: every decision about it, in order, for good.
-
-A decision is a version of a second registered model, `NAME-decisions`. MLflow numbers versions
-without gaps and gives no number twice, in SQLite as on a server, so machines that share nothing but
-MLflow agree on the order. Every decision carries the hash of the one before it, with two effects:
-
-- A row that was changed, taken away or slipped in breaks the chain, which `problems` tells.
-- Appending is a compare-and-swap. Of two decisions that follow the same one, the lower number is in
-  force and the other is void: its author sees that, looks at what has changed, and decides again.
-
-Nobody holds a lock meanwhile, so nobody who dies blocks the others.
-"""
+"""A decision on who is champion, and all of them in order; audit_table.py keeps them in MLflow."""
 
 import json
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from getpass import getuser
 from os import environ, getuid
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
-from poemerge.errors import SourceError
 from poemerge.lineage import digest
-from tasks.versions import every, make_model
 
 FORMAT = "poemerge/decision/1"  # raise it when a decision's fields change their meaning
 Kind = Literal["promotion", "refusal", "rollback", "approval", "rejection", "lost"]
 MOVES: tuple[Kind, ...] = ("promotion", "rollback")
-BODY, HASH = "poemerge.decision.body", "poemerge.decision.hash"  # tags of a row
-SUFFIX = "-decisions"
-ABOUT = "Decisions on who is champion, for `poemerge audit`; nothing here is ever changed."
 
 
 def who() -> str:
@@ -98,6 +81,14 @@ class Decision:
     def hash(self) -> str:
         """sha256 of everything in it."""
         return digest(asdict(self))
+
+    @property
+    def words(self) -> str:
+        """All of it for people, in Markdown."""
+        said = f"**{self.kind}** of version {self.version}, {self.when}, by {self.who}"
+        verdicts = {True: "passed", False: "failed"}
+        gates = [f"- {g.name} {verdicts[g.passed]}: {g.sentence}" for g in self.gates]
+        return "\n".join([f"{said}: {self.reason}", "", *gates]).rstrip()
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -169,80 +160,3 @@ class Ledger:
             if row.moves and decision.version == version:
                 return None
         return None
-
-
-def read(client: Any, name: str) -> Ledger:
-    """The table of the model `name`, its chain followed from the first row on."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    seen, last = {""}, 0  # hashes that a decision may follow: the last in force, or void
-    head, unread = "", []
-    for version in every(client, name + SUFFIX):
-        number = int(version.version)
-        problems += [f"Decision {gone} is missing." for gone in range(last + 1, number)]
-        last = number
-        try:
-            decision = Decision.parse(version.tags[BODY])
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"Decision {number} is unreadable.")
-            unread.append(number)
-            continue
-        if decision.hash != version.tags.get(HASH):
-            problems.append(f"Decision {number} was changed.")
-        void = decision.before != head and decision.before in seen
-        if decision.before not in seen:
-            problems.append(f"Decision {number} follows one that is not there.")
-        rows.append(Row(number, decision, void))
-        if not void:
-            head = decision.hash
-            seen.add(head)
-    return Ledger(tuple(rows), tuple(problems), tuple(unread))
-
-
-def current(client: Any, name: str) -> Ledger:
-    """The table as those need it who move something.
-
-    Raises:
-        SourceError: a row cannot be read, which may have moved the champion.
-    """
-    ledger = read(client, name)
-    if ledger.unread:
-        number = ledger.unread[0]
-        message = (
-            f"Decision {number} about {name} was changed, or made by a newer poemerge; update "
-            f"poemerge, or else delete version {number} of {name}{SUFFIX} in MLflow."
-        )
-        raise SourceError(message)
-    return ledger
-
-
-def append(client: Any, name: str, decide: Callable[[Ledger], Decision]) -> Row:
-    """Add a decision that takes into account all that were made before it.
-
-    Args:
-        client: of MLflow.
-        name: of the model that it is about.
-        decide: what to decide in view of the table; asked again if somebody else came first.
-    """
-    while True:
-        ledger = current(client, name)
-        decision = replace(decide(ledger), before=ledger.head)
-        _create(client, name + SUFFIX, decision)
-        rows = read(client, name).rows
-        row = next(row for row in rows if row.decision.hash == decision.hash)
-        if not row.void:
-            return row
-
-
-def _create(client: Any, name: str, decision: Decision) -> None:
-    """Write a row down; MLflow does that with all its tags, or not at all."""
-    if not client.search_registered_models(f"name = '{name}'"):
-        make_model(client, name, description=ABOUT)
-    body = json.dumps(asdict(decision), sort_keys=True)
-    client.create_model_version(
-        name,
-        f"poemerge://decision/{decision.hash}",  # there are no bytes; MLflow wants a source
-        tags={BODY: body, HASH: decision.hash},
-        description=f"{decision.kind} of version {decision.version}",
-        await_creation_for=0,
-    )

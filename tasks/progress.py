@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from poemerge.progress import Progress
 
 NEWS_EVERY = 5.0  # seconds between two lines
+MB = 1_000_000  # bytes
 
 Watcher = Callable[[str, str, int, int], None]  # step, what is counted, how many done, in all
 
@@ -60,3 +61,14 @@ def progress(step: str, unit: str) -> Progress:
             watcher(step, unit, done, total)
 
     return tell
+
+
+def megabytes(step: str) -> Progress:
+    """What a download is to call with (bytes there, bytes in all)."""
+    tell = progress(step, "MB")
+
+    def tell_whole(done: int, total: int) -> None:
+        whole = max(1, round(total / MB))
+        tell(whole if done >= total else min(done // MB, whole - 1), whole)
+
+    return tell_whole

@@ -26,6 +26,7 @@ AWAY = re.compile(
     re.IGNORECASE,
 )
 VARIABLE = "MLFLOW_TRACKING_URI"
+PATIENCE = 10  # seconds for the first answer of a server, at each of its tries
 ATTEMPT = "poemerge.attempt"  # tag of a run: which call has made it
 DATABASE = "mlflow.db"  # in the working directory, where a bare `mlflow ui` looks too
 # Without it MLflow's pages open on traces of language model applications.
@@ -71,11 +72,22 @@ def connected() -> Iterator[Any]:
     uri = tracking_uri()
     try:
         with _alone(uri):
+            _knock(uri)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
         yield client
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         raise SourceError(_sentence(uri, error)) from error
+
+
+def _knock(uri: str) -> None:
+    """Ask a server for a sign of life, with less patience than a large upload may need."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - as above
+    from mlflow.utils.rest_utils import http_request  # noqa: PLC0415 - as above
+
+    http_request(get_default_host_creds(uri), "/health", "GET", timeout=PATIENCE)
 
 
 def _sentence(uri: str, error: Any) -> str:

@@ -113,6 +113,12 @@ def aliases_of(client: Any, name: str) -> dict[str, str]:
     return {alias: str(number) for model in models for alias, number in model.aliases.items()}
 
 
+def tags_of(client: Any, name: str) -> dict[str, str]:
+    """Tags of a registered model; empty where there is no such model."""
+    models = client.search_registered_models(f"name = '{name}'")
+    return {key: value for model in models for key, value in model.tags.items()}
+
+
 def claim(client: Any, name: str, kind: str) -> None:
     """Make the registered model `name`, for versions of one kind alone.
 

@@ -103,7 +103,9 @@ def _leave_no_trace() -> Iterator[None]:
     environment = dict(os.environ)
     loggers = [logging.getLogger(name) for name in ("poemerge", "tasks", "flows")]
     before = [(log.level, log.handlers, log.propagate) for log in loggers]
+    told = logging.raiseExceptions
     yield
+    logging.raiseExceptions = told
     os.environ.clear()
     os.environ.update(environment)
     for log, (level, handlers, propagate) in zip(loggers, before, strict=True):

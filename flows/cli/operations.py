@@ -54,8 +54,8 @@ def deploy(
 def _apply(wanted: "Deployment", notify: str | None) -> None:
     from prefect.settings import PREFECT_UI_URL
 
-    from flows.deploy import connected
     from flows.notify import tell_of_ends
+    from flows.prefect_server import connected
 
     with connected() as client:
         identity = wanted.apply(client)

@@ -152,7 +152,9 @@ def local_folder(source: str) -> Path:
 
     if is_ready(Path(source)):
         return Path(source)
+    from flows.bars import bars
     from flows.places import cache
     from tasks.fetch import resolve_local
 
-    return resolve_local(source, cache())
+    with bars():
+        return resolve_local(source, cache())

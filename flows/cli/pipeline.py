@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flows.cli.options import device_option, params_option, resolve, set_option
+
+if TYPE_CHECKING:
+    from flows.changes import Standing
 
 
 @click.command()
@@ -24,40 +27,51 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool, push
     unless --save is given.
     """
     from flows.bars import bars
-    from flows.changes import look
     from flows.console import show_outcome, start_logging
     from flows.decision_table import show_promotion
     from flows.overrides import save_overrides
     from flows.params import load
-    from flows.selection import find_places
+    from tasks.fetch import resolved_once
 
     load(params, overrides)
     if save:
         save_overrides(params, overrides)
         overrides = ()
     start_logging()
+    with bars(), resolved_once():
+        outcome = _run(params, overrides, force=force, push=push)
+    if not isinstance(outcome, dict):
+        click.echo(str(outcome))
+        return
+    show_outcome(outcome)
+    if outcome.get("promotion"):
+        show_promotion(outcome["promotion"])
+
+
+def _run(
+    params: Path, overrides: Sequence[str], *, force: bool, push: bool
+) -> "dict[str, Any] | Standing":
+    """What came of the pipeline, or that there was nothing to do."""
+    from flows.changes import look
+    from flows.selection import find_places
+
     if not (force or push):
         standing = look(find_places(params, overrides))
         if standing.is_current:
-            click.echo(str(standing))
-            return
+            return standing
     logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.pipeline import pipeline
     from flows.prefect_server import LostError, asked
 
     try:
-        with bars(), asked():
-            outcome = pipeline(str(params), list(overrides), force=force, push=push)
+        with asked():
+            return pipeline(str(params), list(overrides), force=force, push=push)
     except LostError as error:  # it is told of the work, and does none
         standing = look(find_places(params, overrides))
         if force or push or not standing.is_current:
             raise
         logging.getLogger(__name__).warning("%s", error)
-        click.echo(str(standing))
-        return
-    show_outcome(outcome)
-    if outcome.get("promotion"):
-        show_promotion(outcome["promotion"])
+        return standing
 
 
 @click.command()

@@ -39,11 +39,15 @@ def promote(params: Path, version: int | None, timeout: int, reason: str, *, app
     start_logging()
     from flows import promote as promotion
 
-    if approve:
-        promotion.check_server()
-        _end(promotion.promote_with_approval(str(params), version, reason, timeout))
-    else:
+    if not approve:
         _end(promotion.promote(loaded, version, reason))
+        return
+    from flows.prefect_server import asked
+
+    promotion.check_server()
+    with asked(needed=True):
+        outcome = promotion.promote_with_approval(str(params), version, reason, timeout)
+    _end(outcome)
 
 
 @click.command()

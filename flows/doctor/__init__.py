@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from threading import Thread
 
+from flows.doctor.decisions import decisions
 from flows.doctor.finding import Finding, problem
 from flows.doctor.packages import device, packages
 from flows.doctor.project import data, folders, git, remote
@@ -19,6 +20,7 @@ CHECKS: Mapping[str, Check] = {
     "packages": packages,
     "device": device,
     "MLflow": mlflow,
+    "decisions": decisions,
     "Prefect": prefect,
     "hub": hub,
     "DVC": data,

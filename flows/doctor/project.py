@@ -31,7 +31,8 @@ def git() -> Iterator[Finding]:
         return
     edited = len(status.splitlines())
     if edited:
-        said = f"{edited} files differ from {commit}"
+        differ = "1 file differs" if edited == 1 else f"{edited} files differ"
+        said = f"{differ} from {commit}"
         yield warning("git", said, "commit them, or a run cannot be told from its commit")
     else:
         yield Finding("git", f"at {commit}, nothing edited")
@@ -58,7 +59,7 @@ def data() -> Iterator[Finding]:
         yield problem("DVC", " ".join(str(error).split()), "mend dvc.yaml or dvc.lock")
     else:
         yield (
-            warning("DVC", f"{len(changed)} stages are not as dvc.lock has them", "poemerge run")
+            warning("DVC", f"not as dvc.lock has it: {', '.join(changed)}", "poemerge run")
             if changed
             else Finding("DVC", "all is as dvc.lock has it")
         )

@@ -22,10 +22,15 @@ def mlflow() -> Iterator[Finding]:
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
         yield _mlflow_server(uri)
-    elif uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    elif not is_made(uri):
         yield Finding("MLflow", f"{uri}: is made by the first run")
     else:
         yield _mlflow_database(uri)
+
+
+def is_made(uri: str) -> bool:
+    """False for a SQLite file that no run has made yet."""
+    return not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).exists()
 
 
 def _mlflow_server(uri: str) -> Finding:

@@ -28,6 +28,7 @@ from dvc_data.hashfile.tree import Tree
 from poemerge.errors import SettingError, SourceError
 from poemerge.names import stays_inside
 from tasks.dvc_store import SCHEME
+from tasks.dvc_store.pulled import Pulled
 
 ROOT_VARIABLE = "POEMERGE_DVC_ROOT"
 OID = re.compile(r"[0-9a-f]{32}\.dir")
@@ -226,7 +227,10 @@ def _pull(repo: Any, reference: Reference) -> None:
     try:
         remote = repo.cloud.get_remote_odb(command="pull")
         transfer(remote, cache, {HashInfo("md5", reference.oid)}, verify=remote.verify)
-        transfer(remote, cache, set(_listed(cache, reference).values()), verify=remote.verify)
+        absent = {b.md5 for b in _named(repo, reference).values() if not b.path.is_file()}
+        files = {HashInfo("md5", file) for file in absent}
+        pulled = Pulled(f"{SCHEME}://{reference.path}", remote, sorted(absent))
+        transfer(remote, cache, files, verify=remote.verify, callback=pulled)
     except (DvcException, OSError) as error:
         message = (
             f"{reference.uri} is not in the DVC cache and could not be pulled "

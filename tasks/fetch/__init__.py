@@ -14,7 +14,7 @@ from poemerge.layout import is_ready
 from poemerge.lineage import Lineage, Source, digest, hash_files, package_versions, produce
 from tasks.fetch.identity import STAGE, Base, identify, trained_on
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
-from tasks.fetch.sources import open_source
+from tasks.fetch.sources import give_up, open_source, resolved_once
 
 __all__ = [
     "Base",
@@ -25,6 +25,7 @@ __all__ = [
     "identify",
     "resolve",
     "resolve_local",
+    "resolved_once",
     "trained_on",
 ]
 
@@ -74,7 +75,10 @@ def fetch(
         logger.warning("%s was kept, though nobody could say whether it is current: %s", out, error)
         return False
     _check(source, origin, out, sha256)
-    return produce(out, _record(name, source, origin), origin.write)
+    try:
+        return produce(out, _record(name, source, origin), origin.write)
+    finally:
+        give_up(source)
 
 
 def resolve(source: str, dtype: str = DTYPE, copy: Path | None = None) -> str:

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from huggingface_hub.hf_api import RepoSibling
 
 from poemerge.errors import SourceError
 from poemerge.lineage import digest, sha256
+from tasks.fetch.growth import growing
 from tasks.fetch.layout import select
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
 from tasks.fetch.pickles import settle
@@ -48,30 +49,42 @@ def open_repository(address: str) -> Origin:
     with explained(address):
         info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    files = {name: _stated(siblings[name]) for name in select(f"hf://{address}", siblings)}
+    names = select(f"hf://{address}", siblings)
+    files = {name: _stated(siblings[name]) for name in names}
+    size = sum(siblings[name].size or 0 for name in names)
     commit = str(info.sha)
     return Origin(
         files,
         sha256=digest(files),
         revision=commit,
-        write=partial(_download, address, repo, commit, files),
+        write=_Snapshot(address, repo, commit, files, size).download,
         settings={"revision": commit},
     )
 
 
-def _download(address: str, repo: str, commit: str, files: Mapping[str, str], folder: Path) -> None:
-    with explained(address):
-        snapshot_download(
-            repo,
-            revision=commit,
-            local_dir=folder,
-            allow_patterns=[escape(name) for name in files],
-            endpoint=endpoint(),
-        )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    for name, stated in files.items():
-        _verify(f"{name} of hf://{address}", folder / name, stated)
-    settle(folder, files)
+@dataclass(frozen=True)
+class _Snapshot:
+    """The files of a commit: name → stated hash, and how many bytes they are."""
+
+    address: str
+    repo: str
+    commit: str
+    files: Mapping[str, str]
+    size: int
+
+    def download(self, folder: Path) -> None:
+        with explained(self.address), growing(folder, f"hf://{self.address}", self.size):
+            snapshot_download(
+                self.repo,
+                revision=self.commit,
+                local_dir=folder,
+                allow_patterns=[escape(name) for name in self.files],
+                endpoint=endpoint(),
+            )
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        for name, stated in self.files.items():
+            _verify(f"{name} of hf://{self.address}", folder / name, stated)
+        settle(folder, self.files)
 
 
 def endpoint() -> str | None:

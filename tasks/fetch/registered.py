@@ -15,6 +15,7 @@ from poemerge.lineage import RECORD, digest
 from tasks import versions
 from tasks.dvc_store import SCHEME, is_held
 from tasks.fetch.dvc import open_content
+from tasks.fetch.growth import growing
 from tasks.fetch.layout import find_room, flat
 from tasks.fetch.local import open_folder
 from tasks.fetch.origin import Origin, UnreachableError
@@ -71,9 +72,10 @@ def _download(where: str, place: str) -> Origin:
         scratch = Path(tempfile.mkdtemp(prefix="poemerge-"))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         try:
-            got = mlflow.artifacts.download_artifacts(
-                place, dst_path=os.fspath(scratch / "got"), tracking_uri=tracking_uri()
-            )
+            with growing(scratch, where, _size(place)):
+                got = mlflow.artifacts.download_artifacts(
+                    place, dst_path=os.fspath(scratch / "got"), tracking_uri=tracking_uri()
+                )
         except (MlflowException, OSError) as error:
             kind = UnreachableError if _is_network_fault(error) else SourceError
             reason = " ".join(str(error).split())
@@ -82,6 +84,18 @@ def _download(where: str, place: str) -> Origin:
         origin = open_folder(_flatten(where, Path(got), scratch / "flat"))
         finalize(origin.write, stack.pop_all().close)
         return origin
+
+
+def _size(place: str) -> int:
+    """Bytes of all that MLflow has there."""
+    from mlflow.store.artifact import artifact_repository_registry  # noqa: PLC0415 - 1 s
+
+    def below(path: str | None) -> int:
+        found = repository.list_artifacts(path)
+        return sum(below(each.path) if each.is_dir else each.file_size or 0 for each in found)
+
+    repository = artifact_repository_registry.get_artifact_repository(place, tracking_uri())
+    return below(None)
 
 
 def _is_network_fault(error: BaseException | None) -> bool:

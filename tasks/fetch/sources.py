@@ -1,6 +1,9 @@
 """From what the user wrote to an origin: the one place where the kind of a source is decided."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from poemerge.errors import SourceError
@@ -14,10 +17,35 @@ from tasks.fetch.package import locate
 from tasks.fetch.registered import open_version
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]+):/{1,2}(?P<address>.*)")
+ELSEWHERE = {"hf": open_repository, "models": open_version, "dvc": open_content}
 KINDS = (
     "a folder, a .gguf file, hf://org/name@revision, models:/name@alias, models:/name/version, "
     "dvc://path or package://name/path"
 )
+# What was asked for elsewhere so far, where it is to have one meaning: source → what that is.
+_resolved: ContextVar[dict[str, Origin] | None] = ContextVar("resolved", default=None)
+
+
+@contextmanager
+def resolved_once() -> Iterator[None]:
+    """Within the block, a source that lies elsewhere is asked for once, and keeps that meaning.
+
+    What lies on this machine is looked at each time: it may change while a run waits for its turn,
+    and a file that did not change is not read again.
+    """
+    if _resolved.get() is not None:
+        yield
+        return
+    token = _resolved.set({})
+    try:
+        yield
+    finally:
+        _resolved.reset(token)
+
+
+def give_up(source: str) -> None:
+    """Forget what a source means, with the bytes that may have been downloaded to say so."""
+    (_resolved.get() or {}).pop(source, None)
 
 
 def open_source(source: str, dtype: str) -> Origin:
@@ -40,16 +68,21 @@ def open_source(source: str, dtype: str) -> Origin:
     if parts is None:
         return open_path(Path(source), dtype)
     match parts["scheme"]:
-        case "hf":
-            return open_repository(parts["address"])
         case "package":
             return open_path(locate(parts["address"]), dtype)
-        case "models":
-            return open_version(parts["address"])
-        case "dvc":
-            return open_content(parts["address"])
+        case scheme if scheme in ELSEWHERE:
+            return _once(source, lambda: ELSEWHERE[scheme](parts["address"]))
         case scheme:
             raise SourceError(f"A {scheme}: source cannot be fetched; give {KINDS}.")
+
+
+def _once(source: str, ask: Callable[[], Origin]) -> Origin:
+    known = _resolved.get()
+    if known is None:
+        return ask()
+    if source not in known:
+        known[source] = ask()
+    return known[source]
 
 
 def open_path(path: Path, dtype: str) -> Origin:

@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from poemerge.errors import SourceError
-from tasks.decisions import Decision, Gate, Kind, Ledger, Row, append
-from tasks.decisions import read as read_ledger
+from tasks.audit_table import append, lost
+from tasks.audit_table import read as read_table
+from tasks.decisions import Decision, Gate, Kind, Ledger, Row
 from tasks.promote import evidence, gates
 from tasks.promote.evidence import Evaluation
 from tasks.promote.judging import Judgement, Limits, judge
 from tasks.promote.moves import move, settle
 from tasks.tracking import connected
-from tasks.versions import DECISION, every, find, numbered
+from tasks.versions import find, numbered
 
 __all__ = ["Decision", "Evaluation", "Gate", "Judgement", "Ledger", "Limits", "Row", "judge"]
 
@@ -83,15 +84,8 @@ def rollback(name: str, reason: str) -> Row:
 def audit(name: str) -> Ledger:
     """Every decision about a model, and what is wrong with the table."""
     with connected() as client:
-        ledger = read_ledger(client, name)
-        known = {row.decision.hash for row in ledger.rows}
-        tags = {int(v.version): v.tags.get(DECISION, "") for v in every(client, name)}
-    cut = tuple(
-        f"Decision {tag.split()[0]}, which made version {version} champion, is missing."
-        for version, tag in tags.items()
-        if tag and tag.split()[-1] not in known
-    )
-    return replace(ledger, problems=(*ledger.problems, *cut))
+        ledger = read_table(client, name)
+        return replace(ledger, problems=(*ledger.problems, *lost(client, name, ledger)))
 
 
 def _damage(client: Any, name: str, number: int) -> tuple[str, ...]:

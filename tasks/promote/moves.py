@@ -1,11 +1,11 @@
 """Moving the champion: a decision first, then the aliases, which can always be set again from it.
 
-The table of decisions (decisions.py) is the truth, aliases follow it. Whoever has added a decision,
-or finds the aliases behind, sets tags, `previous` and last `champion`, and then looks whether the
-table has moved on meanwhile; if so, once more. So the last to write has seen the last decision, and
-whoever dies on the way leaves the old champion or the new one, both complete, and is caught up with
-by the next command. Nothing but these functions moves `champion`; where a person did so by hand,
-it is put back, with a warning.
+The table of decisions (audit_table.py) is the truth, aliases follow it. Whoever has added a
+decision, or finds the aliases behind, sets tags, `previous` and last `champion`, and then looks
+whether the table has moved on meanwhile; if so, once more. So the last to write has seen the last
+decision, and whoever dies on the way leaves the old champion or the new one, both complete, and is
+caught up with by the next command. Nothing but these functions moves `champion`; where a person did
+so by hand, it is put back, with a warning.
 """
 
 import logging
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasks.decisions import Decision, Ledger, Row, append, current
+from tasks.audit_table import append, current
+from tasks.decisions import Decision, Ledger, Row
 from tasks.versions import (
     CHAMPION,
     DECISION,

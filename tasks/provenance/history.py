@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from poemerge.documents import read_json
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, Source, digest
-from tasks import decisions
+from tasks import audit_table
 from tasks.provenance.model import Model, has_registry, opened
 from tasks.provenance.shelves import Shelves
 from tasks.tracking import connected
@@ -184,7 +184,7 @@ def _version(client: Any, version: "ModelVersion") -> Version:
 
 def _decisions(client: Any, name: str, number: int) -> Iterator[Mapping[str, str]]:
     """Those in force."""
-    for row in decisions.read(client, name).rows:
+    for row in audit_table.read(client, name).rows:
         if row.decision.version == number and not row.void:
             yield {key: str(getattr(row.decision, key)) for key in TOLD}
 

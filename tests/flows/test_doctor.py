@@ -23,6 +23,7 @@ from prefect.settings import (
 )
 
 from flows.doctor import CHECKS, examine
+from flows.doctor.decisions import decisions
 from flows.doctor.finding import Finding
 from flows.doctor.packages import device, packages
 from flows.doctor.project import data, folders, git, remote
@@ -210,7 +211,7 @@ class TestProject:
         subprocess.run(["git", "commit", "-qm", "all"], check=True)
         assert only(git()).said.endswith("nothing edited")
         (project / "params.yaml").write_text("edited: 1")
-        assert only(git()).said.startswith("1 files differ")
+        assert only(git()).said.startswith("1 file differs")
 
     def test_dvc(self, project: Path) -> None:
         found = only(data())
@@ -308,6 +309,7 @@ def test_every_check_is_in_the_list() -> None:
         packages,
         device,
         mlflow,
+        decisions,
         prefect,
         hub,
         data,

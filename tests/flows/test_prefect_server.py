@@ -20,7 +20,7 @@ def answer(status: int) -> PrefectHTTPStatusError:
     [
         (httpx.ConnectError("gone"), LostError, "does not answer any more; start it, or unset"),
         (httpx.ReadTimeout("late"), LostError, "does not answer any more; start it, or unset"),
-        (answer(500), LostError, "answers with 500; start it, or unset"),
+        (answer(500), LostError, "answers with 500; see its log, or unset"),
         (answer(401), SettingError, "does not know who asks; set PREFECT_API_AUTH_STRING"),
         (answer(422), SettingError, r"refused \(no\); mend it"),
         (RuntimeError("Failed to reach API at x"), SettingError, "cannot be reached; start it"),

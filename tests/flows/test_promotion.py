@@ -5,16 +5,19 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner, Result
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import (
     PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     temporary_settings,
 )
@@ -22,6 +25,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.cli import main
 from flows.console import console
+from flows.doctor.decisions import decisions
 from flows.overrides import save_values
 from flows.params import load
 from flows.pipeline import pipeline
@@ -30,7 +34,9 @@ from flows.promote import after_run, promote_with_approval
 from poemerge.lineage import hash_files
 from tasks import promote
 from tests.flows.conftest import EASY, PARAMS, TASKS
-from tests.tasks.registry import NAME, add_version, aliases, new_repository
+from tests.reliability.proxy import Fault, proxy
+from tests.servers import free_port
+from tests.tasks.registry import NAME, add_version, aliases, client, new_repository
 
 PATIENCE = 180  # s, of a busy machine
 
@@ -149,6 +155,15 @@ def test_promote_roll_back_and_read_about_it(registry: None) -> None:
     assert found["problems"] == []
 
 
+def test_the_doctor_looks_at_the_table(registry: None) -> None:
+    (found,) = decisions()
+    assert (found.status, found.said) == ("ok", "1 about tiny, none changed or missing")
+    client().delete_model_version("tiny-decisions", "1")
+    (found,) = decisions()
+    assert found.status == "problem"
+    assert "about tiny: Decision 1, " in found.said
+
+
 def test_without_the_section_there_is_nothing_to_promote_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,18 +184,26 @@ def test_approval_needs_a_server(registry: None) -> None:
 
 def answer(**given: Any) -> threading.Thread:
     """A person who looks into Prefect until a run waits, and resumes it."""
+    return when_paused(lambda client, run: client.resume_flow_run(run, run_input=given))
 
-    def resume() -> None:
+
+def when_paused(act: Callable[[SyncPrefectClient, UUID], object]) -> threading.Thread:
+    """Do something as soon as a run, other than those that were left so, waits for a person."""
+    paused = FlowRunFilter(state={"type": {"any_": ["PAUSED"]}})
+    with get_client(sync_client=True) as client:
+        left = {run.id for run in client.read_flow_runs(flow_run_filter=paused)}
+
+    def watch() -> None:
         end = time.monotonic() + PATIENCE
-        paused = FlowRunFilter(state={"type": {"any_": ["PAUSED"]}})
         with get_client(sync_client=True) as client:
             while time.monotonic() < end:
                 for run in client.read_flow_runs(flow_run_filter=paused):
-                    client.resume_flow_run(run.id, run_input=given)
-                    return
+                    if run.id not in left:
+                        act(client, run.id)
+                        return
                 time.sleep(0.2)
 
-    thread = threading.Thread(target=resume)
+    thread = threading.Thread(target=copy_context().run, args=(watch,))
     thread.start()
     return thread
 
@@ -211,6 +234,36 @@ def test_nobody_answers(registry: None) -> None:
     assert "nobody answered in 3 s" in " ".join(done.output.split())
     assert kinds() == ["promotion", "rejection"]
     assert aliases()["champion"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [("dropped", "does not answer any more; start it, and run"), (500, "answers with 500; see")],
+)
+def test_a_server_that_goes_away_while_it_waits_changes_nothing(
+    registry: None, fault: Fault, sentence: str
+) -> None:
+    real = str(PREFECT_API_URL.value())
+    with proxy(real) as (between, address):
+        here = {PREFECT_API_URL: f"{address}/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+        away = when_paused(lambda *_: between.fail(fault, 0, 10**9))
+        with temporary_settings(here):
+            done = call("promote", "--approve", "--timeout", str(PATIENCE))
+        away.join()
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: Prefect at {address}/api {sentence}")
+    assert "Traceback" not in done.output
+    assert kinds() == ["promotion"]
+    assert aliases()["champion"] == 1
+
+
+def test_a_server_that_is_not_there_is_one_sentence(registry: None) -> None:
+    here = {PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(here):
+        done = call("promote", "--approve")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].endswith("/api cannot be reached; start it.")
+    assert kinds() == ["promotion"]
 
 
 def test_nobody_is_asked_about_what_the_gates_refuse(registry: None) -> None:

@@ -7,6 +7,8 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,11 +22,14 @@ from safetensors.torch import load_file, save
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, hash_files
-from tasks.fetch import OfflineError, UnreachableError, fetch, fetched, resolve
+from tasks.fetch import OfflineError, UnreachableError, fetch, fetched, resolve, resolved_once
 from tasks.fetch.headers import open_headers
+from tasks.progress import watched_by
 
 SOURCE = "hf://org/model"
 FIRST, SECOND = "1" * 40, "2" * 40
+MANY = 1_000_000  # bytes
+PATIENCE = 180  # seconds, of a busy machine
 TOKEN = "hf_averysecrettoken"
 WEIGHTS = save({"w": torch.arange(4.0)})
 MODEL = {
@@ -64,6 +69,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     sent: int = 0  # bytes of files
+    resume: threading.Event | None = None  # for it the second half of a large file waits
 
     @property
     def downloads(self) -> list[str]:
@@ -162,7 +168,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            half = len(body) // 2 if self.hub.resume else 0
+            self.wfile.write(body[:half])
+            if half > MANY:
+                assert self.hub.resume.wait(PATIENCE)
+            self.wfile.write(body[half:])
 
     def log_message(self, *_: object) -> None:
         """Keep the test output clean."""
@@ -230,6 +240,45 @@ def test_converts_pickles_where_there_is_nothing_else(hub: Hub, tmp_path: Path) 
     run(tmp_path / "out")
     assert sorted(hash_files(tmp_path / "out")) == ["config.json", "model.safetensors"]
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["w"], torch.arange(4.0))
+
+
+def test_within_a_run_a_branch_means_one_commit(hub: Hub, tmp_path: Path) -> None:
+    """What looks for changes, side by side, hands on to what downloads; fetched, it is given up."""
+
+    def asked() -> int:
+        return sum("/revision/main" in request for request in hub.requests)
+
+    hub.commits[SECOND] = MODEL | {"config.json": b"{}"}
+    with resolved_once(), resolved_once(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(copy_context().run, resolve, SOURCE).result() == FIRST
+        hub.branches["main"] = SECOND
+        assert resolve(SOURCE) == FIRST
+        run(tmp_path / "out")
+        assert fetched(tmp_path / "out") == FIRST
+        assert asked() == 1
+        assert resolve(SOURCE) == SECOND
+    assert resolve(SOURCE) == SECOND
+    assert asked() == 3
+
+
+def test_a_download_tells_how_many_bytes_have_come(hub: Hub, tmp_path: Path) -> None:
+    """The second half is sent when the first was told of."""
+    weights = save({"w": torch.zeros(6_000_000)})
+    hub.commits[FIRST]["model.safetensors"] = weights
+    hub.resume = threading.Event()
+    told: list[tuple[str, str, int, int]] = []
+
+    def watch(step: str, unit: str, done: int, total: int) -> None:
+        told.append((step, unit, done, total))
+        if done >= 10:  # the client writes pieces of so many MB
+            hub.resume.set()
+
+    with watched_by(watch):
+        run(tmp_path / "out")
+    assert {(step, unit, total) for step, unit, _, total in told} == {(SOURCE, "MB", 24)}
+    counts = [done for _, _, done, _ in told]
+    assert counts == sorted(counts)
+    assert 10 <= counts[-2] < counts[-1] == 24
 
 
 def test_an_unmoved_branch_downloads_nothing(hub: Hub, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from poemerge.lineage import Lineage, Source, digest, hash_files, produce
 from tasks.dvc_store.reference import put
 from tasks.fetch import UnreachableError, fetch
 from tasks.fetch.sources import open_source
+from tasks.progress import watched_by
 from tasks.versions import DIGEST
 
 OUTPUT = Path("artifacts/merge")
@@ -185,6 +186,17 @@ def test_a_model_that_others_logged(project: Path, zoo, monkeypatch, tmp_path: P
     assert record is not None
     assert record.revision == f"models:/foreign/1@{digest(expected)}"
     assert not list((tmp_path / "scratch").glob("poemerge-*"))
+
+
+def test_a_download_from_mlflow_tells_how_many_bytes_have_come(project: Path, zoo) -> None:  # noqa: ANN001
+    copy = shutil.copytree(zoo.full(1), project / "copy/model")
+    number = version(str(copy.parent))
+    size = sum(path.stat().st_size for path in copy.iterdir())
+    told: list[tuple[str, str, int, int]] = []
+    with watched_by(lambda *news: told.append(news)):
+        open_source(f"models:/tiny/{number}", "float32")
+    whole = max(1, round(size / 1e6))
+    assert told[-1] == (f"models:/tiny/{number}", "MB", whole, whole)
 
 
 def test_names_that_are_not_there(project: Path, zoo) -> None:  # noqa: ANN001

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 
 from poemerge.errors import SourceError
 from tasks import promote, versions
-from tasks.decisions import BODY, append, read
+from tasks.audit_table import BODY, HASH, append, read
+from tasks.decisions import Decision
 from tasks.promote import Evaluation, Judgement, Row, evidence
 from tasks.promote.moves import move, settle
 from tests.tasks.registry import (
@@ -395,6 +396,31 @@ class TestAudit:
         client().delete_model_version("tiny-decisions", number)
         problems = promote.audit(NAME).problems
         assert any(f"Decision {number}" in each and "missing" in each for each in problems)
+
+    def test_the_end_is_not_cut_off_unseen(self) -> None:
+        """Nothing follows the last row, and a refusal leaves no tag at its version either."""
+        add_version("four", POOR)
+        assert run().decision.kind == "refusal"
+        client().delete_model_version("tiny-decisions", "4")
+        cut = "Decision 4, the last that was made, is missing."
+        assert promote.audit(NAME).problems == (cut,)
+        assert run().number == 5
+        assert promote.audit(NAME).problems == ("Decision 4 is missing.", cut)
+
+    def test_a_table_made_anew_is_not_taken_for_the_old_one(self) -> None:
+        client().delete_registered_model("tiny-decisions")
+        assert "Decision 3, the last that was made, is missing." in promote.audit(NAME).problems
+        for _ in range(4):
+            add_version("four", POOR)
+            run()
+        assert "Decision 3, the last that was made, is missing." in promote.audit(NAME).problems
+
+    def test_a_last_row_that_was_made_again_shows(self) -> None:
+        body = json.loads(client().get_model_version("tiny-decisions", "3").tags[BODY])
+        forged = Decision.parse(json.dumps(body | {"who": "somebody else"}))
+        for key, value in ((BODY, json.dumps(asdict(forged))), (HASH, forged.hash)):
+            client().set_model_version_tag("tiny-decisions", "3", key, value)
+        assert "Decision 3, the last that was made, is missing." in promote.audit(NAME).problems
 
     def test_what_cannot_be_read_may_have_moved_the_champion(self) -> None:
         body = json.loads(client().get_model_version("tiny-decisions", "3").tags[BODY])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from flows.provenance import history, reproduce, verify
 from poemerge.errors import SettingError, SourceError
 from poemerge.lineage import Lineage, Source, digest, hash_files, produce, sha256
-from tasks.decisions import BODY, HASH, Decision
+from tasks.audit_table import BODY, HASH
+from tasks.decisions import Decision
 from tasks.dvc_store.reference import Reference, contents
 from tasks.provenance.difference import differences
 from tasks.provenance.search import Check

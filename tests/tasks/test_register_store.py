@@ -12,6 +12,7 @@ from poemerge.errors import SettingError, SourceError
 from tasks.dvc_store.artifacts import DvcArtifactRepository
 from tasks.dvc_store.reference import Reference, contents, put
 from tasks.dvc_store.remote import check_remote, push
+from tasks.progress import watched_by
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "extra/100%.txt": "deep"}
 
@@ -103,6 +104,25 @@ def test_missing_content_is_pulled_from_the_remote(project: Path) -> None:
     for path in cached(project):
         path.unlink()
     assert {name: blob.path.read_text() for name, blob in contents(reference).items()} == FILES
+
+
+def test_a_pull_tells_how_many_bytes_have_come(project: Path) -> None:
+    Path("artifacts/merge/ties/second.safetensors").write_bytes(bytes(3_000_000))
+    Path("artifacts/merge/ties/model.safetensors").write_bytes(bytes(4_000_000))
+    reference = put(Path("artifacts/merge/ties"))
+    add_remote(project)
+    push(reference)
+    shutil.rmtree(project / ".dvc/cache")
+    told: list[tuple[str, str, int, int]] = []
+    with watched_by(lambda *news: told.append(news)):
+        contents(reference)
+    assert {(step, unit, total) for step, unit, _, total in told} == {
+        ("dvc://artifacts/merge/ties", "MB", 7)
+    }
+    counts = [done for _, _, done, _ in told]
+    assert counts == sorted(counts)
+    assert counts[-1] == 7
+    assert 0 < counts[0] < 7
 
 
 def test_a_reference_has_what_lies_beside_and_is_pushed_whole(project: Path) -> None:

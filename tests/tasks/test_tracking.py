@@ -1,5 +1,6 @@
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel, SqlR
 from sqlalchemy import event
 
 from poemerge.errors import SourceError
-from tasks import versions
+from tasks import tracking, versions
 from tasks.tracking import connected, ending, experiment_id, marked_run
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,17 @@ def test_a_password_in_the_uri_is_not_told(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SourceError, match=r":9 does not answer \(connection refused\)") as caught:
         connected().__enter__()
     assert "secret-word" not in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(SourceError, match=f"MLflow at {uri} does not answer") as caught:
+            connected().__enter__()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_database_that_cannot_be_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
