@@ -147,7 +147,8 @@ def test_a_worker_that_would_make_other_bytes_says_so(zoo: Zoo, tmp_path: Path) 
     job = replace(found[0], folder=tmp_path)
     text = refusal(replace(job, maker={**job.maker, "torch": "1.0"}), MachineError)
     assert "where the merge is recorded with 1.0" in text
-    assert "does not see /nowhere" in refusal(replace(job, folder=Path("/nowhere")), SourceError)
+    gone = tmp_path / "gone"
+    assert f"does not see {gone}" in refusal(replace(job, folder=gone), SourceError)
     assert "cuda:7" in refusal(job.on("cuda:7"), SettingError)
 
 
