@@ -89,7 +89,7 @@ class Head:
             mode.add(shard)
             journal.note(shard)
 
-        kept = len(mode.ledger.tensors)
+        kept = mode.done
         outputs = [self.walk.output(mode.folder, finished)]
         # Draws are written in turn: what waits would be memory for each of them.
         outputs += [self.walk.output(draw.folder, draw.add, waiting=0) for draw in draws]
@@ -101,7 +101,7 @@ class Head:
             _check_arrival(mode.folder, shard)
             mode.add(shard)
             journal.note(shard)
-            self._tell(len(mode.ledger.tensors))
+            self._tell(mode.done)
 
         todo = [job for job in jobs(self.plan) if job.file in self.walk.files]
         todo = [job for job in longest_first(todo, NOMINAL) if job.file not in mode.shards]

@@ -9,7 +9,7 @@ import torch
 
 from poemerge.errors import MachineError, SettingError
 from poemerge.merging.shards import Shard
-from poemerge.merging.work import ShardJob, make_shard
+from poemerge.merging.work import ShardJob, Work, make_shard
 
 try:
     from distributed import Client, LocalCluster, as_completed
@@ -29,10 +29,11 @@ class OnDask:
     Args:
         workers: to start where there is no address.
         address: of a scheduler, `tcp://host:8786` say.
+        work: what a worker does with a job.
     """
 
-    def __init__(self, workers: int, address: str | None = None) -> None:
-        self.workers, self.address = workers, address
+    def __init__(self, workers: int, address: str | None = None, work: Work = make_shard) -> None:
+        self.workers, self.address, self.work = workers, address, work
 
     def __call__(self, jobs: Sequence[ShardJob], done: Callable[[Shard], None]) -> None:
         """Do all jobs, the first ones first.
@@ -42,7 +43,7 @@ class OnDask:
         """
         with self._cluster() as address, _connected(address) as client:
             futures = [
-                client.submit(make_shard, job, pure=False, priority=-rank)
+                client.submit(self.work, job, pure=False, priority=-rank)
                 for rank, job in enumerate(jobs)
             ]
             try:

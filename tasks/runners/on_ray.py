@@ -8,7 +8,7 @@ from typing import Any
 
 from poemerge.errors import MachineError, SettingError
 from poemerge.merging.shards import Shard
-from poemerge.merging.work import ShardJob, make_shard
+from poemerge.merging.work import ShardJob, Work, make_shard
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
 
@@ -27,10 +27,11 @@ class OnRay:
     Args:
         workers: to start where there is no address.
         address: of a cluster, `host:6379` say.
+        work: what a worker does with a job.
     """
 
-    def __init__(self, workers: int, address: str | None = None) -> None:
-        self.workers, self.address = workers, address
+    def __init__(self, workers: int, address: str | None = None, work: Work = make_shard) -> None:
+        self.workers, self.address, self.work = workers, address, work
 
     def __call__(self, jobs: Sequence[ShardJob], done: Callable[[Shard], None]) -> None:
         """Do all jobs, the first ones first.
@@ -40,7 +41,7 @@ class OnRay:
         """
         with self._connected():
             gpus = [int(job.recipe.choices.device.type == "cuda") for job in jobs]
-            make = ray.remote(num_cpus=1, max_retries=TRIES - 1)(make_shard)
+            make = ray.remote(num_cpus=1, max_retries=TRIES - 1)(self.work)
             waiting = [
                 make.options(num_gpus=own).remote(job) for job, own in zip(jobs, gpus, strict=True)
             ]

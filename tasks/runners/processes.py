@@ -13,7 +13,7 @@ from typing import Self
 from poemerge.device import pick_device, split_devices
 from poemerge.errors import MachineError, PoemergeError, SettingError
 from poemerge.merging.shards import Shard
-from poemerge.merging.work import ShardJob, make_shard
+from poemerge.merging.work import ShardJob, Work, make_shard
 
 TRIES = 3  # of a job whose worker dies
 
@@ -43,10 +43,11 @@ class Processes:
 
     Args:
         devices: of the workers, one each.
+        work: what a worker does with a job.
     """
 
-    def __init__(self, devices: Sequence[str]) -> None:
-        self.devices = devices
+    def __init__(self, devices: Sequence[str], work: Work = make_shard) -> None:
+        self.devices, self.work = devices, work
 
     def __call__(self, jobs: Sequence[ShardJob], done: Callable[[Shard], None]) -> None:
         """Do all jobs, each by the worker that is free first.
@@ -57,7 +58,7 @@ class Processes:
         todo, lost = deque(jobs), Counter[str]()
         with ExitStack() as stack:
             count = min(len(self.devices), len(jobs))
-            workers = [stack.enter_context(Worker(device)) for device in self.devices[:count]]
+            workers = [stack.enter_context(Worker(d, self.work)) for d in self.devices[:count]]
             while todo or any(worker.job for worker in workers):
                 for worker in (w for w in workers if w.job is None):
                     if todo:
@@ -79,15 +80,16 @@ class Worker:
         job: that it is at, if any.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, work: Work) -> None:
+        self.device, self._work = device, work
         self.job: ShardJob | None = None
         self._start()
 
     def _start(self) -> None:
         self.pipe, theirs = _spawn.Pipe()
         # A daemon, for it ends with us; it starts no processes of its own.
-        self._process = _spawn.Process(target=_serve, args=(theirs, self.device), daemon=True)
+        given = (theirs, self.device, self._work)
+        self._process = _spawn.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -146,7 +148,7 @@ def _check_tries(job: ShardJob, died: int) -> None:
     logger.warning("a worker died at %s; another one makes it", job.file)
 
 
-def _serve(pipe: Connection, device: str) -> None:
+def _serve(pipe: Connection, device: str, work: Work) -> None:
     """Do jobs until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's, which ends us
     while True:
@@ -154,12 +156,12 @@ def _serve(pipe: Connection, device: str) -> None:
             job: ShardJob = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(job.on(device)))
+        pipe.send(_answer(job.on(device), work))
 
 
-def _answer(job: ShardJob) -> Shard | Exception:
+def _answer(job: ShardJob, work: Work) -> Shard | Exception:
     try:
-        return make_shard(job)
+        return work(job)
     except PoemergeError as error:
         return error
     except Exception as error:  # noqa: BLE001 - it is raised again by the head

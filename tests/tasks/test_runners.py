@@ -23,6 +23,7 @@ from poemerge.lineage import RECORD, hash_files
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.head import Runner
 from poemerge.merging.work import ShardJob
+from tasks.merge import merge as task
 from tasks.runners import open_runner
 from tasks.runners.processes import Processes, Worker, devices_of
 
@@ -172,15 +173,16 @@ class TestProcesses:
             merge_checkpoints(*merging, "cpu", runner=Processes(("cpu",)))
         assert str(sent.value) == str(alone.value)
         assert "\n" not in str(sent.value)
+        assert begun
         assert len(begun) == len(set(begun))
 
 
 def _with_a_hole(folder: Path) -> Path:
-    """An expert with one value that no number is, where no sample looks."""
+    """An expert with one value that is no number, where the head does not look."""
     write_model(folder, 4, 0.01)
     file = max(folder.glob("*.safetensors"))
     weights = load_file(file)
-    weights[max(weights)][SIDE // 2 + 1, SIDE // 3] = float("nan")
+    weights[max(weights)][1, 1] = float("nan")
     save_file(weights, file)
     return folder
 
@@ -274,6 +276,15 @@ def test_what_does_not_go_together(
     runner, workers, address, device = how
     with pytest.raises(SettingError, match=words):
         open_runner(runner, workers, address, device=device)
+
+
+def test_what_one_runner_made_is_up_to_date_for_another(models: Path, tmp_path: Path) -> None:
+    experts = {name: str(models / name) for name in ("a", "b")}
+    how = {"method": "average", "settings": {}, "device": "cpu", "dtype": "source", "seed": 0}
+    how |= {"memory": None, "vocabulary": "refuse", "foreign": "refuse"}
+    merging = (str(models / "base"), experts, str(tmp_path / "out"))
+    assert task.fn(*merging, **how, runtime={"runner": "processes", "workers": 2})
+    assert not task.fn(*merging, **how, runtime={"runner": "threads"})
 
 
 def test_each_worker_has_its_device() -> None:
