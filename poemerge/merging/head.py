@@ -72,6 +72,8 @@ class Head:
                 self._fill_here(mode, draws, journal)
             else:
                 self._fill_elsewhere(mode, journal, self.runner)
+                for shard in mode.shards.values():  # a worker of an earlier try may be late
+                    _check_arrival(mode.folder, shard)
             return self._finish(mode, draws, lineage.result(), journal)
 
     def _keep(self, mode: Assembly, journal: Journal) -> None:

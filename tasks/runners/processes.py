@@ -55,18 +55,20 @@ class Processes:
         Raises:
             PoemergeError: one was refused; or its workers died, one after another.
         """
-        todo, lost = deque(jobs), Counter[str]()
+        todo, lost, made = deque(jobs), Counter[str](), list[Shard]()
         with ExitStack() as stack:
             count = min(len(self.devices), len(jobs))
             workers = [stack.enter_context(Worker(d, self.work)) for d in self.devices[:count]]
-            while todo or any(worker.job for worker in workers):
+            while todo or made or any(worker.job for worker in workers):
                 for worker in (w for w in workers if w.job is None):
                     if todo:
                         worker.begin(todo.popleft())
+                while made:  # the head looks at these while the workers are at the next
+                    done(made.pop())
                 for worker in _ready(workers):
                     job, shard = worker.end()
                     if shard is not None:
-                        done(shard)
+                        made.append(shard)
                         continue
                     lost[job.file] += 1
                     _check_tries(job, lost[job.file])
@@ -134,9 +136,10 @@ class Worker:
 
 
 def _ready(workers: Sequence[Worker]) -> list[Worker]:
-    """Those that have an answer, or have died; waits for the first."""
-    ready = wait([worker.pipe for worker in workers if worker.job is not None])
-    return [worker for worker in workers if worker.pipe in ready]
+    """Those that have an answer, or have died; waits for the first, if any is at work."""
+    busy = [worker for worker in workers if worker.job is not None]
+    ready = wait([worker.pipe for worker in busy]) if busy else []
+    return [worker for worker in busy if worker.pipe in ready]
 
 
 def _check_tries(job: ShardJob, died: int) -> None:
