@@ -5,6 +5,9 @@ from pathlib import Path
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
+FINISHED = "finished.partial"  # among the shards of a merge under way, records of those finished
+WEIGHTS = ".safetensors"
+TEXTS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})  # config, tokenizer, template
 
 
 def is_ready(folder: Path) -> bool:

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poemerge.errors import SourceError
+from poemerge.errors import UnreachableError
 
-
-class UnreachableError(SourceError):
-    """A network fault: the same request may well succeed later."""
+__all__ = ["OfflineError", "Origin", "UnreachableError"]
 
 
 class OfflineError(UnreachableError):
