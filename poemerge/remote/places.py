@@ -13,10 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from poemerge.atomic import DISK
 from poemerge.errors import PoemergeError, SourceError, UnreachableError
+from poemerge.layout import MODELS, is_ready
 from poemerge.names import stays_inside
 from poemerge.redaction import carries_secret
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.+")
+URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://.+")
+OURS = {"hf", "models", "dvc", "package"}  # whose addresses mean folders here by the time we read
 HERE = "file"  # the scheme of what lies on this machine
 TAGS = ("ETag", "md5Hash", "etag")  # what S3, Google Cloud Storage and Azure call it
 # S3's parts are 50 MiB, and so many of them are held in memory at a time.
@@ -35,16 +37,28 @@ class Entry(NamedTuple):
 
 
 def is_url(place: Path | str) -> bool:
-    """True for a folder elsewhere."""
-    return isinstance(place, str) and URL.fullmatch(place) is not None
+    """True for a folder that fsspec knows."""
+    found = URL.fullmatch(place) if isinstance(place, str) else None
+    return found is not None and found["scheme"] not in OURS
 
 
 def locate(place: Path | str) -> Path | str:
     """A path on this machine, `file://` or plain, or else a URL without a slash at its end."""
-    if isinstance(place, Path) or not is_url(place):
+    if not is_url(place):
         return Path(place)
-    parts = urlsplit(place)
-    return Path(unquote(parts.path)) if parts.scheme == HERE else place.rstrip("/")
+    parts = urlsplit(str(place))
+    return Path(unquote(parts.path)) if parts.scheme == HERE else str(place).rstrip("/")
+
+
+def is_readable(place: Path | str) -> bool:
+    """True if the core can read the folder as it stands, here or elsewhere.
+
+    Raises:
+        SourceError: it lies elsewhere, and is closed to us or not there.
+    """
+    if isinstance(place, Path):
+        return is_ready(place)
+    return any(name in MODELS for name in Place(place).listing())
 
 
 def last_part(url: str) -> str:

@@ -20,7 +20,7 @@ class Origin:
 
     Attributes:
         files: name → sha256 of each file that is read (`git:` and a blob's SHA-1 where a hub states
-            no more than that before the download).
+            no more than that before the download, `etag:` and its tag in an object storage).
         sha256: one hash for all of it: of the single file, or the digest of `files`.
         revision: the immutable name of these bytes: a commit, or a hash of the content.
         write: fills the empty folder that it is given with safetensors, config and tokenizer.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from poemerge.errors import SourceError
 from poemerge.redaction import carries_secret
+from poemerge.remote import places
 from tasks.fetch.dvc import open_content
 from tasks.fetch.gguf import open_file
 from tasks.fetch.hub import open_repository
@@ -12,11 +13,12 @@ from tasks.fetch.local import open_folder
 from tasks.fetch.origin import Origin
 from tasks.fetch.package import locate
 from tasks.fetch.registered import open_version
+from tasks.fetch.storage import open_storage
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]+):/{1,2}(?P<address>.*)")
 KINDS = (
     "a folder, a .gguf file, hf://org/name@revision, models:/name@alias, models:/name/version, "
-    "dvc://path or package://name/path"
+    "dvc://path, package://name/path or s3://bucket/folder"
 )
 
 
@@ -25,7 +27,8 @@ def open_source(source: str, dtype: str) -> Origin:
 
     Args:
         source: a folder, a .gguf file, `hf://org/name@revision`, `models:/name@alias`,
-            `models:/name/version`, `dvc://path` or `package://name/path`.
+            `models:/name/version`, `dvc://path`, `package://name/path`, or the URL of a folder in
+            an object storage.
         dtype: in which dequantised weights are stored.
 
     Raises:
@@ -36,9 +39,11 @@ def open_source(source: str, dtype: str) -> Origin:
             f"{source} holds a password, a token or a query, and sources are recorded with every "
             "model; leave it out, and say who you are in the environment (HF_TOKEN, say)."
         )
-    parts = SCHEME.fullmatch(source)
-    if parts is None:
-        return open_path(Path(source), dtype)
+    place, parts = places.locate(source), SCHEME.fullmatch(source)
+    if isinstance(place, str):
+        return open_storage(place)
+    if parts is None or parts["scheme"] == places.HERE:
+        return open_path(place, dtype)
     match parts["scheme"]:
         case "hf":
             return open_repository(parts["address"])
