@@ -35,6 +35,18 @@ def pick_device(device: str) -> torch.device:
     )
 
 
+def split_devices(devices: str) -> tuple[str, ...]:
+    """Names of one device or of several, `cuda:0,cuda:1` say, in the order given.
+
+    Raises:
+        SettingError: one is named twice.
+    """
+    names = tuple(name.strip() for name in devices.split(","))
+    if len(set(names)) < len(names):
+        raise SettingError(f"device is {devices!r}; name each once.")
+    return names
+
+
 def describe_device(device: torch.device) -> str:
     """What shapes the bytes of a computation: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":

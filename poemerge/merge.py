@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from poemerge.checkpoint import Checkpoint
-from poemerge.device import describe_device, pick_device
+from poemerge.device import describe_device, pick_device, split_devices
 from poemerge.errors import SettingError
 from poemerge.expert_files import open_expert
 from poemerge.fitting import check_tie
 from poemerge.lineage import Lineage, Source, core_code
 from poemerge.merging.choices import Choices, Draws
-from poemerge.merging.plan import plan_merge
+from poemerge.merging.head import Head, Runner
 from poemerge.merging.terms import Terms
-from poemerge.merging.walk import Walk
+from poemerge.merging.work import Recipe
 from poemerge.methods import find
 from poemerge.model_card import side_files
 from poemerge.names import unused_name
@@ -55,6 +55,7 @@ def merge_checkpoints(
     temperature: float = 1.0,
     overwrite: bool = False,
     progress: Progress | None = None,
+    runner: Runner | None = None,
     **settings: Any,
 ) -> MergeReport:
     """Merge experts that were fine-tuned from one base into a model folder.
@@ -70,7 +71,8 @@ def merge_checkpoints(
         out: folder to make; appears only when it is complete. Or a URL, where shards appear as
             they are finished, and the index and the lineage record last.
         method: see `poemerge methods`.
-        device: `auto`, `cpu` or `cuda[:i]`.
+        device: `auto`, `cpu` or `cuda[:i]`; several of one kind, `cuda:0,cuda:1` say, for a runner
+            that has a worker for each.
         dtype: to store: `source`, `float32`, `bfloat16` or `float16`; the mathematics is in fp32 or
             better either way.
         output: `full`, or `adapter` for an exact merged PEFT adapter of rank ≤ Σ r.
@@ -86,6 +88,8 @@ def merge_checkpoints(
         temperature: factor on the samples' variance; 1 is what the experts' residuals suggest.
         overwrite: replace `out` where it exists.
         progress: called with (tensors done, tensors in all).
+        runner: of one job for each shard, wherever it likes (merging/work.py): the bytes are the
+            same; None makes them all in this process, one after another.
         **settings: of the method.
 
     Returns:
@@ -94,21 +98,23 @@ def merge_checkpoints(
     Raises:
         PoemergeError: something was refused, or the machine gave out; `out` is then untouched.
     """
-    out, base, sources = locate(out), locate(base), name_experts(experts)
-    draws = Draws(samples, sampler, temperature)
-    outs = _places(out, samples)
+    base, sources = locate(base), name_experts(experts)
+    outs = _places(locate(out), samples)
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory, "vocabulary": vocabulary}
+    draws = Draws(samples, sampler, temperature)
+    first = pick_device(_devices(device, runner)[0])
+    choices = Choices(first, dtype, output, seed, rank, memory, draws)
     terms = Terms(vocabulary, foreign, dtype)
+    recipe = Recipe(base, sources, method, settings, terms, choices)
     with (
         reserved(outs, [base, *sources.values()], overwrite=overwrite),
-        plan_merge(base, sources, method, settings, terms) as plan,
+        recipe.plan() as plan,
         ThreadPoolExecutor(1) as pool,
     ):
         base, folders = plan.base.folder, {e.name: e.folder for e in plan.experts}
         side_files(base)  # refused before the work, not after it
-        choices = Choices(pick_device(device), dtype, output, seed, rank, memory, draws)
-        walk = Walk(plan, choices, progress or silent)
+        head = Head(recipe, plan, runner, progress or silent)
         # Inputs are hashed while they are merged.
         lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
         with ExitStack() as stack, torch.inference_mode():
@@ -120,7 +126,7 @@ def merge_checkpoints(
             drawn = [place / f"{index:03}" for place in places for index in range(samples)]
             for place in drawn:
                 place.mkdir()
-            return walk.run([folder, *drawn], lineage)
+            return head.run([folder, *drawn], lineage)
 
 
 def merge_lineage(
@@ -139,10 +145,22 @@ def merge_lineage(
         inputs += pool.map(Source.of_file, names, map(Path, files.values()))
     if files:  # where they lie is no part of the record; what they hold is among the inputs
         parsed["curvature"] = {name: Path(file).name for name, file in files.items()}
-    device = describe_device(pick_device(str(choices["device"])))
+    first = split_devices(str(choices["device"]))[0]
+    choices = {**choices, "device": first}  # however many there are, one makes the same bytes
+    device = describe_device(pick_device(first))
     decisive = {k: v for k, v in choices.items() if (k, v) != ("vocabulary", REFUSE)}  # no byte
     params = {"method": method, "settings": parsed, **decisive}
     return Lineage("merge", params, tuple(inputs), device=device, code=core_code())
+
+
+def _devices(given: str, runner: Runner | None) -> tuple[str, ...]:
+    devices = split_devices(given)
+    if len(devices) > 1 and runner is None:
+        raise SettingError(
+            f"device is {given!r}, and one process merges on one device; choose one of them, or "
+            "runner processes, which has a worker for each."
+        )
+    return devices
 
 
 def expert_weights(base: Path, expert: Path | None) -> Iterator[tuple[str, Tensor]]:

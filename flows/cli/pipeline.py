@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from flows.cli.options import device_option, params_option, set_option
+from flows.cli.options import device_option, params_option, resolve_here, set_option
 
 
 @click.command()

@@ -51,7 +51,7 @@ class Schedule:
         """
         free = [(0.0, worker) for worker in range(workers)]
         loads: list[list[Job]] = [[] for _ in range(workers)]
-        for job in sorted(jobs, key=lambda job: (-rates.total(job.cost), job.file)):
+        for job in longest_first(jobs, rates):
             seconds, worker = heapq.heappop(free)
             loads[worker].append(job)
             heapq.heappush(free, (seconds + rates.total(job.cost) + overhead, worker))
@@ -76,6 +76,11 @@ class Schedule:
     def of_load(self, load: Sequence[Job]) -> float:
         """Seconds of a worker's jobs."""
         return sum(self.rates.total(job.cost) + self.overhead for job in load)
+
+
+def longest_first(jobs: Sequence[Job], rates: Rates) -> list[Job]:
+    """In the order in which workers should begin them, each taking the next when it is free."""
+    return sorted(jobs, key=lambda job: (-rates.total(job.cost), job.file))
 
 
 def jobs(plan: Plan) -> tuple[Job, ...]:

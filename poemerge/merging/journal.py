@@ -4,18 +4,19 @@ A record is trusted if its seal fits and it speaks of this very merge, a shard i
 its record. Nothing else in the folder is.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from poemerge.atomic import write_json
+from poemerge.atomic import PARTIAL, write_json
 from poemerge.checkpoint import read_json
 from poemerge.errors import CheckpointError
 from poemerge.layout import FINISHED
 from poemerge.lineage import Lineage, digest, sha256
+from poemerge.merging.shards import Shard
 from poemerge.remote.delivery import hand_over
 from poemerge.remote.stand_ins import url_of
 from poemerge.report import TensorReport
@@ -29,43 +30,37 @@ class Journal:
     Args:
         folder: of the shards.
         lineage: of the merge, once its inputs are hashed; no shard is recorded before.
-        spilled: names of the tensors that the GPU had no room for, up to now.
     """
 
-    def __init__(self, folder: Path, lineage: "Future[Lineage]", spilled: list[str]) -> None:
-        self._folder, self._lineage, self._spilled = folder, lineage, spilled
-        self._waiting: dict[str, Sequence[TensorReport]] = {}
+    def __init__(self, folder: Path, lineage: "Future[Lineage]") -> None:
+        self._folder, self._lineage = folder, lineage
+        self._waiting: dict[str, Shard] = {}
 
-    def find(self, files: Iterable[str]) -> dict[str, list[TensorReport]]:
-        """Shard → what was done to its tensors, where it was finished and still holds.
-
-        All else in the folder is deleted.
+    def find(self, files: Iterable[str]) -> list[Shard]:
+        """Shards that were finished before and still hold; all else in the folder is deleted.
 
         Args:
             files: names of the merge's shards.
         """
-        found = {}
-        for file in sorted(files):
-            fields = self._read(file)
-            if fields:
-                found[file] = [TensorReport.of(tensor) for tensor in fields["tensors"]]
-                self._spilled += fields["spilled"]
-        self._clear(found)
+        found = [shard for file in sorted(files) if (shard := self._read(file))]
+        self._clear(shard.file for shard in found)
         return found
 
-    def note(self, file: str, tensors: Sequence[TensorReport]) -> None:
+    def note(self, shard: Shard) -> None:
         """Record a shard that is complete, or see that it will be."""
-        self._waiting[file] = tensors
+        self._waiting[shard.file] = shard
         if self._lineage.done() or url_of(self._folder):  # what goes elsewhere is to take no room
             self._flush()
 
     def close(self) -> None:
-        """Delete the records: the merge is complete."""
+        """Delete the records, and what workers left that died: the merge is complete."""
         self._waiting.clear()
-        for path in self._folder.glob(f"{FOLDER}/*"):
-            path.unlink()
+        records = self._folder / FOLDER
+        for path in (*records.glob("*"), *self._folder.glob(f"*{PARTIAL}")):
+            if path != records:
+                path.unlink()
         with suppress(FileNotFoundError):
-            (self._folder / FOLDER).rmdir()
+            records.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -80,29 +75,23 @@ class Journal:
 
     def _flush(self) -> None:
         while self._waiting:
-            file, tensors = self._waiting.popitem()
-            names = {tensor.name for tensor in tensors}
-            made = sha256(self._folder / file)
-            fields = {
-                "merge": self._merge,
-                "sha256": made,
-                "tensors": [asdict(tensor) for tensor in tensors],
-                "spilled": [name for name in self._spilled if name in names],
-            }
+            file, shard = self._waiting.popitem()
+            fields = {"merge": self._merge, **asdict(shard)}
             self._path(file).parent.mkdir(exist_ok=True)
             write_json(self._path(file), fields | {"seal": digest(fields)})
-            hand_over(self._folder / file, made, self._path(file))
+            hand_over(self._folder / file, shard.sha256, self._path(file))
 
-    def _read(self, file: str) -> Mapping[str, Any] | None:
-        """The record of a shard, if both can be trusted."""
+    def _read(self, file: str) -> Shard | None:
+        """A shard that was finished, if it and its record can be trusted."""
         try:
             fields = read_json(self._path(file))
         except CheckpointError:
             return None
-        seal, shard = fields.pop("seal", None), self._folder / file
-        if not shard.is_file() or seal != digest(fields) or fields["merge"] != self._merge:
+        seal, path = fields.pop("seal", None), self._folder / file
+        if not path.is_file() or seal != digest(fields) or fields["merge"] != self._merge:
             return None
-        return fields if fields["sha256"] == sha256(shard) else None
+        known = _shard(fields)
+        return known if (known.file, known.sha256) == (file, sha256(path)) else None
 
     @property
     def _merge(self) -> str:
@@ -121,3 +110,8 @@ class Journal:
                     path.rmdir()
             elif path not in spared:
                 path.unlink()
+
+
+def _shard(fields: Mapping[str, Any]) -> Shard:
+    tensors = tuple(TensorReport.of(tensor) for tensor in fields["tensors"])
+    return Shard(fields["file"], fields["sha256"], tensors, tuple(fields["spilled"]))

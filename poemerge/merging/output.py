@@ -1,6 +1,6 @@
-"""A folder under way: the merged model itself, or a draw from its posterior."""
+"""Weights under way into a folder: of the merged model itself, or of a draw from its posterior."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,17 +12,15 @@ from poemerge.adapter_files import write_adapter
 from poemerge.checkpoint import TensorInfo
 from poemerge.device import STORED
 from poemerge.expert_files import AdapterExpert
-from poemerge.lineage import Lineage
+from poemerge.layout import ADAPTER
+from poemerge.lineage import sha256
 from poemerge.merging.choices import Choices
 from poemerge.merging.groups import Batch
-from poemerge.merging.journal import Journal
 from poemerge.merging.ledger import Ledger
 from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
-from poemerge.merging.shards import Shards
-from poemerge.model_card import copy_side_files, write_card
-from poemerge.report import MergeReport, warn
-from poemerge.rules import TIED
+from poemerge.merging.shards import Shard, Shards
+from poemerge.report import TensorReport
 from poemerge.task_vector import Dense, LowRank, Update
 from poemerge.truncate import best_rank
 
@@ -34,8 +32,9 @@ class Output:
         folder: to fill.
         plan: of the merge.
         choices: output, dtype, rank.
+        finished: called with every file of weights that is complete, by the thread that writes.
+        spilled: names of the tensors that the GPU had no room for, up to now.
         waiting: tensors that may wait to be written.
-        journal: of finished shards, if it is kept.
     """
 
     def __init__(
@@ -43,24 +42,18 @@ class Output:
         folder: Path,
         plan: Plan,
         choices: Choices,
+        *,
+        finished: Callable[[Shard], None],
+        spilled: Sequence[str],
         waiting: int,
-        journal: Journal | None = None,
     ) -> None:
         self.folder, self.plan, self.choices = folder, plan, choices
-        self._journal = journal
+        self._finished, self._spilled = finished, spilled
         self.ledger = Ledger([expert.name for expert in plan.experts], choices.stored)
         self._factors: dict[str, LowRank] = {}
         self._shards = None
         if choices.output == "full":
             self._shards = Shards(folder, plan, choices.stored, waiting, self._note)
-
-    def take_over(self) -> set[str]:
-        """Names of the shards that an earlier try finished; they need not be merged again."""
-        files = {group.file for group in self.plan.groups if group.rule != TIED}
-        found = self._journal.find(files) if self._journal else {}
-        for tensors in found.values():
-            self.ledger.tensors += tensors
-        return set(found)
 
     def copy(self, batch: Batch, weights: Sequence[Tensor]) -> None:
         """Take over weights of the base as they are stored."""
@@ -101,25 +94,6 @@ class Output:
         base = loaded.base.clone() if spare else loaded.base
         self._write(batch, base.to(update.device).add_(update.dense()).unbind())
 
-    def finish(self, record: Lineage, notes: Sequence[str]) -> MergeReport:
-        """Write what belongs beside the weights, once these are complete."""
-        if self.choices.output == "adapter":
-            self._write_adapter()
-        else:
-            copy_side_files(self.plan.base.folder, self.folder, self.choices.dtype)
-            if self.plan.growth is not None:
-                self.plan.growth.write_side_files(self.folder)
-            for group in self.plan.groups:
-                for info in group.tensors if group.rule == TIED else ():
-                    self.ledger.note(group, info.name, info.dtype)
-        report = self._report(record, notes)
-        report.write(self.folder)
-        write_card(self.folder, report, record)
-        if self._journal:
-            self._journal.close()
-        record.write(self.folder)
-        return report
-
     def _write(self, batch: Batch, weights: Sequence[Tensor]) -> None:
         if self._shards is None:
             return
@@ -137,10 +111,13 @@ class Output:
             self._shards.write(info, rows, growth.first)
 
     def _note(self, file: str) -> None:
-        if self._journal:
-            infos = self.plan.base.tensors
-            own = [done for done in self.ledger.tensors if infos[done.name].file == file]
-            self._journal.note(file, own)
+        infos = self.plan.base.tensors
+        self._tell(file, [own for own in self.ledger.tensors if infos[own.name].file == file])
+
+    def _tell(self, file: str, tensors: Sequence[TensorReport]) -> None:
+        names = {tensor.name for tensor in tensors}
+        spilled = tuple(name for name in self._spilled if name in names)
+        self._finished(Shard(file, sha256(self.folder / file), tuple(tensors), spilled))
 
     def _write_adapter(self) -> None:
         base_model = self.plan.base.config.get("_name_or_path") or self.plan.base.folder.name
@@ -150,20 +127,6 @@ class Output:
         task = tasks.pop() if len(tasks) == 1 else None
         write_adapter(self.folder, self._factors, adapters, dtype, str(base_model), task=task)
 
-    def _report(self, record: Lineage, notes: Sequence[str]) -> MergeReport:
-        settings = dict(record.params["settings"])
-        tensors = tuple(sorted(self.ledger.tensors, key=lambda tensor: tensor.name))
-        return MergeReport(
-            method=self.plan.method.name,
-            settings=settings,
-            experts=tuple(expert.name for expert in self.plan.experts),
-            device=self.choices.device.type,
-            dtype=self.choices.dtype,
-            output=self.choices.output,
-            tensors=tensors,
-            warnings=(*notes, *warn(tensors, settings)),
-        )
-
     def __enter__(self) -> Self:
         if self._shards is not None:
             self._shards.__enter__()
@@ -172,6 +135,9 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._shards is not None:
             self._shards.__exit__(kind, *rest)
+        elif kind is None:
+            self._write_adapter()
+            self._tell(ADAPTER, self.ledger.tensors)
 
 
 def _square(update: Update) -> Tensor:

@@ -66,6 +66,10 @@ class Rates:
         )
 
 
+# Of no machine in particular, and good enough to say which of two jobs is the longer one.
+NOMINAL = Rates(bandwidth=1e9, hashing=1e9, single=1e11, double=5e10, memory=1e10)
+
+
 def _flop_rate(device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.ones(PROBE, PROBE, dtype=dtype, device=device)
     return 2.0 * PROBE**3 / _seconds(lambda: float((matrix @ matrix)[0, 0]))

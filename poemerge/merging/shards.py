@@ -1,8 +1,10 @@
 """The output's shards, written behind while the next batch is computed."""
 
 import math
+import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -15,8 +17,28 @@ from poemerge.errors import NumericalError
 from poemerge.layout import INDEX
 from poemerge.merging.plan import Plan
 from poemerge.merging.stream import BEHIND, Behind
+from poemerge.report import TensorReport
 from poemerge.rules import TIED
 from poemerge.writer import ShardWriter
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights that is complete: what is known of it wherever it was made.
+
+    Attributes:
+        file: its name.
+        sha256: of its bytes.
+        tensors: what was done to each in it.
+        spilled: names of those that the GPU had no room for.
+        tag: that a storage elsewhere gave it, where a worker has brought it there.
+    """
+
+    file: str
+    sha256: str
+    tensors: tuple[TensorReport, ...]
+    spilled: tuple[str, ...] = ()
+    tag: str = ""
 
 
 class Shards:
@@ -39,8 +61,8 @@ class Shards:
         finished: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder, self.plan, self.dtype_of = folder, plan, dtype_of
-        infos = [i for group in plan.groups if group.rule != TIED for i in group.tensors]
-        self._layout = {i.name: (i.file, plan.shape(i), dtype_of(i.dtype)) for i in infos}
+        self._layout = _layout(plan, dtype_of)
+        self._attempt = secrets.token_hex(4)  # two may be at one shard: the first was given up
         self._behind, self._finished = Behind(waiting), finished
         self._current: tuple[str, ShardWriter] | None = None
         self._writers = ExitStack()
@@ -75,7 +97,7 @@ class Shards:
         return self._current[1]
 
     def _unfinished(self, file: str) -> Path:
-        return self.folder / (file + PARTIAL)
+        return self.folder / f"{file}.{self._attempt}{PARTIAL}"
 
     def _finish(self) -> None:
         """Nothing more is written into the current shard."""
@@ -97,9 +119,21 @@ class Shards:
                     self._finish()
             else:
                 self._behind.__exit__(kind, *rest)
-        if kind is None and self.plan.base.index:
-            size = sum(math.prod(s) * d.itemsize for _, s, d in self._layout.values())
-            placed = {name: file for name, (file, *_) in sorted(self._layout.items())}
-            write_json(
-                self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed}
-            )
+
+
+def write_index(folder: Path, plan: Plan, dtype_of: Callable[[torch.dtype], torch.dtype]) -> None:
+    """Say which tensor lies in which shard, as the base does, once all of them are there."""
+    if not plan.base.index:
+        return
+    layout = _layout(plan, dtype_of)
+    size = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in layout.values())
+    placed = {name: file for name, (file, *_) in sorted(layout.items())}
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+
+
+def _layout(
+    plan: Plan, dtype_of: Callable[[torch.dtype], torch.dtype]
+) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
+    """Tensor name → file, shape and stored dtype."""
+    infos = [info for group in plan.groups if group.rule != TIED for info in group.tensors]
+    return {i.name: (i.file, plan.shape(i), dtype_of(i.dtype)) for i in infos}

@@ -52,7 +52,7 @@ def describe_uncertainty(
     choices = Choices(pick_device(device), "source", "full", seed=0, draws=Draws(1))
     found: dict[str, dict[str, float]] = {}
     with plan_merge(base, name_experts(experts), method, settings, LENIENT) as plan:
-        walk = Walk(plan, choices, progress or silent)
+        walk, tell = Walk(plan, choices), progress or silent
         with torch.inference_mode(), closing(walk.batches()) as batches:
             for batch, loaded in batches:
                 if batch.group.rule == COPY:
@@ -60,5 +60,5 @@ def describe_uncertainty(
                 posterior = walk.applier.merge(batch, loaded).posterior
                 facts = posterior.facts if posterior else ()
                 found |= {i.name: dict(f) for i, f in zip(batch.tensors, facts, strict=False)}
-                walk.progress(len(found), len(plan.base.tensors))
+                tell(len(found), len(plan.base.tensors))
     return {"tensors": dict(sorted(found.items())), "unit": UNIT}

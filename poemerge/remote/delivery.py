@@ -67,21 +67,51 @@ def hand_over(shard: Path, sha256: str, record: Path) -> None:
     """Bring a finished shard where its folder's files belong, if that is elsewhere.
 
     Args:
-        shard: that is complete; only its place is left here.
+        shard: that is complete, here or, where a worker has brought it, already there.
         sha256: of it.
         record: of the journal, brought after it.
     """
-    url = stand_ins.url_of(shard.parent)
-    if not url:
+    if not stand_ins.find(shard) and not bring(shard, sha256):
         return
-    place = Place(url)
-    remote = Remote(url, shard.name, *place.put(shard, shard.name), sha256)
+    remote = stand_ins.find(shard)
+    assert remote is not None
     arrived = record.with_name(shard.name + ARRIVED)
     write_json(arrived, asdict(remote))
     for path in (arrived, record):
-        place.put(path, f"{FINISHED}/{path.name}")
+        Place(remote.folder).put(path, f"{FINISHED}/{path.name}")
+
+
+def bring(shard: Path, sha256: str) -> str:
+    """Bring a shard where its folder's files belong; only what stands for it is left here.
+
+    Returns:
+        The tag that its storage gave it; nothing if it belongs here.
+    """
+    url = stand_ins.url_of(shard.parent)
+    if not url:
+        return ""
+    entry = Place(url).put(shard, shard.name)
     shard.write_bytes(b"")
-    stand_ins.note(shard, remote)
+    stand_ins.note(shard, Remote(url, shard.name, *entry, sha256))
+    return entry.tag
+
+
+def receive(shard: Path, sha256: str, tag: str) -> None:
+    """Let `shard` stand for one that a worker has brought there, if it is there as it was."""
+    url = stand_ins.url_of(shard.parent)
+    entry = Place(url).everything().get(shard.name)
+    if entry is not None and entry.tag == tag:
+        stand_ins.note(shard, Remote(url, shard.name, *entry, sha256))
+
+
+@contextmanager
+def workplace(place: Path | str) -> Iterator[Path]:
+    """Where a worker makes a shard: the place itself, or for a URL a folder that vanishes."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with TemporaryDirectory(prefix="poemerge-") as room:
+        yield stand_ins.empty_stand_in(place, Path(room, last_part(place)))
 
 
 def _take_over(place: Place, folder: StandIn) -> None:

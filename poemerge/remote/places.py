@@ -50,6 +50,11 @@ def locate(place: Path | str) -> Path | str:
     return Path(unquote(parts.path)) if parts.scheme == HERE else str(place).rstrip("/")
 
 
+def absolute(place: Path | str) -> Path | str:
+    """What means the same from every folder of this machine."""
+    return place.absolute() if isinstance(place, Path) else place
+
+
 def is_readable(place: Path | str) -> bool:
     """True if the core can read the folder as it stands, here or elsewhere.
 

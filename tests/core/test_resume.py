@@ -15,6 +15,7 @@ from poemerge.lineage import RECORD, hash_files
 from poemerge.merge import merge_checkpoints
 from poemerge.merging import journal
 from poemerge.merging.journal import FOLDER
+from poemerge.merging.shards import Shard
 from tests.zoo import Zoo
 
 METHOD = "cauchy_poe"
@@ -26,9 +27,9 @@ def merge(zoo: Zoo, out: Path, stop_after: int | None = None, **options: object)
     made: set[str] = set()
     real = journal.Journal.note
 
-    def note(self: journal.Journal, file: str, tensors: object) -> None:
-        made.add(file)
-        real(self, file, tensors)
+    def note(self: journal.Journal, shard: Shard) -> None:
+        made.add(shard.file)
+        real(self, shard)
 
     def stop(done: int, total: int) -> None:
         if stop_after is not None and done >= stop_after:
@@ -150,9 +151,9 @@ def test_a_refusal_keeps_nothing(zoo: Zoo, tmp_path: Path, stopped: Path) -> Non
 
 
 def test_no_shard_is_recorded_before_the_sources_are_hashed(tmp_path: Path) -> None:
-    kept = journal.Journal(tmp_path, Future(), [])
+    kept = journal.Journal(tmp_path, Future())
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    kept.note("model.safetensors", [])
+    kept.note(Shard("model.safetensors", "", ()))
     assert not (tmp_path / FOLDER).exists()
 
 
