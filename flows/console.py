@@ -122,7 +122,7 @@ def leaderboard_table(board: "Leaderboard", logs: Mapping[str, Path]) -> Table:
     return table
 
 
-def show_report(report: "MergeReport", out: Path, samples: int = 0) -> None:
+def show_report(report: "MergeReport", out: Path | str, samples: int = 0) -> None:
     """One line on what was made, one on samples if there are any; warnings were logged."""
     rules = ", ".join(f"{count} {rule}" for rule, count in report.rules.items())
     console.print(f"{out}: {len(report.experts)} experts merged by {report.method} ({rules})")

@@ -150,7 +150,7 @@ def _add_scores(branch: Tree, scored: Evaluation) -> None:
 
 def _add_files(branch: Tree, files: Mapping[str, str]) -> None:
     for name, value in files.items():
-        shown = value if value.startswith("git:") else _sha(value)
+        shown = value if ":" in value else _sha(value)  # a kind of hash that is named
         branch.add(f"[dim]{escape(f'{name}  {shown}')}[/]")
 
 

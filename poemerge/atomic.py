@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from poemerge.errors import MachineError, PoemergeError, SettingError
+from poemerge.errors import MachineError, PoemergeError, SettingError, UnreachableError
 
 PARTIAL = ".partial"
 # What the disk says where the fault is not in what was asked for.
@@ -43,12 +43,17 @@ def new_folder(out: Path, *, resumable: bool = False) -> Iterator[Path]:
             yield partial
             _put(partial, out)
     except BaseException as error:
-        refused = isinstance(error, PoemergeError) and not isinstance(error, MachineError)
-        if refused or not resumable:
+        if is_refusal(error) or not resumable:
             shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # it is not empty, or not there
             partial.rmdir()
         raise
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for what would be refused again; False for what may pass, such as a full disk."""
+    passing = MachineError, UnreachableError
+    return isinstance(error, PoemergeError) and not isinstance(error, passing)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from poemerge import documents
 from poemerge.errors import CheckpointError, SourceError
-from poemerge.handles import Handle
+from poemerge.handles import Handle, open_handle
 from poemerge.layout import INDEX, SINGLE
+from poemerge.remote.ranges import RemoteHandle
 
 DTYPES = {
     "F64": torch.float64,
@@ -86,7 +86,7 @@ class TensorFiles:
     def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        self._handles: dict[str, Handle] = {}
+        self._handles: dict[str, Handle | RemoteHandle] = {}
         self._starts: dict[str, int] = {}  # tensor → where its bytes begin
         for file in files:
             self._add(file)
@@ -97,9 +97,8 @@ class TensorFiles:
         with _open(path) as header:
             names = header.keys()
             self.tensors |= {name: _info(path, name, header.get_slice(name)) for name in names}
-        self._handles[file] = Handle(path)
-        with self._handles[file].descriptor() as descriptor:
-            self._starts |= _starts(descriptor)
+        self._handles[file] = open_handle(path)
+        self._starts |= _starts(self._handles[file])
 
     def read(self, name: str, rows: Rows | None = None, *, pinned: bool = False) -> Tensor:
         """One tensor, or some of its rows, in its stored dtype, on the CPU.
@@ -118,16 +117,9 @@ class TensorFiles:
             start += rows[0] * math.prod(shape[1:]) * info.dtype.itemsize
             shape = (rows[1] - rows[0], *shape[1:])
         tensor = torch.empty(shape, dtype=info.dtype, pin_memory=pinned)
-        target = (
-            memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else b""
-        )
-        done = 0
-        with self._handles[info.file].descriptor() as descriptor:
-            while done < len(target):
-                count = os.preadv(descriptor, [target[done:]], start + done)
-                if count == 0:
-                    raise CheckpointError(f"{self.folder / info.file} has shrunk; fetch it again.")
-                done += count
+        if tensor.numel():
+            target = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+            self._handles[info.file].read(target, start)
         return tensor
 
     def same(self, one: TensorInfo, other: TensorInfo) -> bool:
@@ -283,10 +275,14 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _starts(descriptor: int) -> dict[str, int]:
+def _starts(handle: Handle | RemoteHandle) -> dict[str, int]:
     """Where each tensor's bytes begin, from a header that the library has checked."""
-    size = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    header = json.loads(os.pread(descriptor, size, 8))
+    length = bytearray(8)
+    handle.read(memoryview(length), 0)
+    size = int.from_bytes(length, "little")
+    text = bytearray(size)
+    handle.read(memoryview(text), 8)
+    header = json.loads(text)
     return {n: 8 + size + e["data_offsets"][0] for n, e in header.items() if n != "__metadata__"}
 
 

@@ -26,6 +26,10 @@ class SourceError(PoemergeError):
     """A source cannot be found, fetched or trusted (missing folder, wrong hash, refused pickle)."""
 
 
+class UnreachableError(SourceError):
+    """A network fault: the same request may well succeed later."""
+
+
 class CheckpointError(PoemergeError):
     """A checkpoint or adapter is unreadable, quantised, non-finite or does not fit its base."""
 

@@ -8,10 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from poemerge.errors import CheckpointError
+from poemerge.remote import stand_ins
+from poemerge.remote.ranges import RemoteHandle
 
 SHARE = 2  # of the handles that a process may have, the part that is kept open here
 
 _kept: set[int] = set()
+
+
+def open_handle(path: Path) -> "Handle | RemoteHandle":
+    """A file to read from, wherever its bytes lie."""
+    remote = stand_ins.find(path)
+    return Handle(path) if remote is None else RemoteHandle(remote, path)
 
 
 class Handle:
@@ -33,13 +41,22 @@ class Handle:
         if self._kept is None:
             self.close()
 
-    @contextmanager
-    def descriptor(self) -> Iterator[int]:
-        """To read from, within the block.
+    def read(self, target: memoryview, start: int) -> None:
+        """Fill `target` with the bytes from `start` on.
 
         Raises:
-            CheckpointError: it had to be opened anew, and is another file by now.
+            CheckpointError: the file ends before that, or is another by now.
         """
+        done = 0
+        with self._descriptor() as descriptor:
+            while done < len(target):
+                count = os.preadv(descriptor, [target[done:]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.path} has shrunk; fetch it again.")
+                done += count
+
+    @contextmanager
+    def _descriptor(self) -> Iterator[int]:
         if self._kept is not None:
             yield self._kept
             return

@@ -25,6 +25,7 @@ from poemerge import documents
 from poemerge.alone import alone
 from poemerge.atomic import new_folder, write_json
 from poemerge.errors import SourceError
+from poemerge.remote import stand_ins
 from poemerge.statement import read_statement, write_statement
 from poemerge.version import VERSION
 
@@ -66,7 +67,12 @@ def check_text(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """sha256 of a file; a file that has not been touched since is not read twice."""
+    """sha256 of a file; a file that has not been touched since is not read twice.
+
+    Of what lies elsewhere it is the tag that its storage gave it, with the tag's kind before it.
+    """
+    if remote := stand_ins.find(path):
+        return remote.identity
     stat = path.stat()
     key = (os.fspath(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
     with _BUSY[key]:  # who asks for a file that is being hashed waits for that
@@ -122,7 +128,8 @@ class Source:
 
     Attributes:
         name: the role it plays (`base`, an expert's name, a task's name).
-        files: relative path → sha256 of every file that was read.
+        files: relative path → sha256 of every file that was read; of one elsewhere, the tag that
+            its storage gave it (`etag:...`).
         uri: where it came from, as the user wrote it; an absolute path is left out, for it speaks
             of one machine.
         revision: what the URI resolved to, immutable (a commit, a hash); empty if it has none.
@@ -171,7 +178,7 @@ class Source:
 
 
 def _address(path: Path) -> str:
-    return "" if path.is_absolute() else path.as_posix()
+    return stand_ins.url_of(path) or ("" if path.is_absolute() else path.as_posix())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poemerge.atomic import new_folder
 from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device, split_devices
 from poemerge.errors import SettingError
@@ -25,8 +24,9 @@ from poemerge.merging.work import Recipe
 from poemerge.methods import find
 from poemerge.model_card import side_files
 from poemerge.names import real_path, unused_name
-from poemerge.outfolder import reserved
+from poemerge.outfolder import reserved, under_way
 from poemerge.progress import Progress, silent
+from poemerge.remote.places import last_part, locate
 from poemerge.report import MergeReport
 from poemerge.token_rows import PAD, REFUSE
 from poemerge.unchanged import unchanged
@@ -64,10 +64,12 @@ def merge_checkpoints(
     `OUT.partial`, and is kept if it still holds (merging/journal.py).
 
     Args:
-        base: checkpoint folder (safetensors, single or sharded).
-        experts: checkpoint or PEFT adapter folders, by name or in order; the order decides nothing
-            but the report.
-        out: folder to make; appears only when it is complete.
+        base: checkpoint folder (safetensors, single or sharded), or the URL of one elsewhere
+            (`s3://bucket/folder`), of which ranges are read.
+        experts: checkpoint or PEFT adapter folders or URLs, by name or in order; the order decides
+            nothing but the report.
+        out: folder to make; appears only when it is complete. Or a URL, where shards appear as
+            they are finished, and the index and the lineage record last.
         method: see `poemerge methods`.
         device: `auto`, `cpu` or `cuda[:i]`; several of one kind, `cuda:0,cuda:1` say, for a runner
             that has a worker for each.
@@ -96,31 +98,28 @@ def merge_checkpoints(
     Raises:
         PoemergeError: something was refused, or the machine gave out; `out` is then untouched.
     """
-    out, base = Path(out), Path(base)
-    beside = out.with_name(out.name + SAMPLES)
-    folders = name_experts(experts)
-    outs = [out, beside] if samples else [out]
-    if beside.exists() and not samples:
-        logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
+    base, sources = locate(base), name_experts(experts)
+    outs = _places(locate(out), samples)
     params = {"device": device, "dtype": dtype, "output": output, "seed": seed}
     params |= {"rank": rank, "memory": memory, "vocabulary": vocabulary}
     draws = Draws(samples, sampler, temperature)
     first = pick_device(_devices(device, runner)[0])
     choices = Choices(first, dtype, output, seed, rank, memory, draws)
     terms = Terms(vocabulary, foreign, dtype)
-    recipe = Recipe(base, folders, method, settings, terms, choices)
+    recipe = Recipe(base, sources, method, settings, terms, choices)
     with (
-        reserved(outs, [base, *folders.values()], overwrite=overwrite),
+        reserved(outs, [base, *sources.values()], overwrite=overwrite),
         recipe.plan() as plan,
         ThreadPoolExecutor(1) as pool,
     ):
+        base, folders = plan.base.folder, {e.name: e.folder for e in plan.experts}
         side_files(base)  # refused before the work, not after it
         head = Head(recipe, plan, runner, progress or silent)
         # Inputs are hashed while they are merged.
         lineage = pool.submit(merge_lineage, base, folders, method, settings, params)
         with ExitStack() as stack, torch.inference_mode():
             folder, *places = [
-                stack.enter_context(new_folder(place, resumable=choices.is_resumable))
+                stack.enter_context(under_way(place, resumable=choices.is_resumable))
                 for place in outs
             ]
             stack.enter_context(unchanged([base, *folders.values()]))
@@ -189,11 +188,31 @@ def expert_weights(base: Path, expert: Path | None) -> Iterator[tuple[str, Tenso
             yield name, weight
 
 
-def name_experts(experts: Mapping[str, Path | str] | Sequence[Path | str]) -> dict[str, Path]:
+def name_experts(
+    experts: Mapping[str, Path | str] | Sequence[Path | str],
+) -> dict[str, Path | str]:
     """Names for experts given in order: their folders' names, numbered where those repeat."""
     if isinstance(experts, Mapping):
-        return {name: Path(folder) for name, folder in experts.items()}
-    named: dict[str, Path] = {}
-    for folder in map(Path, experts):
-        named[unused_name(real_path(folder).name, named)] = folder
+        return {name: locate(place) for name, place in experts.items()}
+    named: dict[str, Path | str] = {}
+    for place in map(locate, experts):
+        own = last_part(place) if isinstance(place, str) else real_path(place).name
+        named[unused_name(own, named)] = place
     return named
+
+
+def _places(out: Path | str, samples: int) -> list[Path | str]:
+    """The folder to make, and the one beside it for samples, if there are to be any.
+
+    Raises:
+        SettingError: there are, and the folder is elsewhere.
+    """
+    if isinstance(out, str):
+        if samples:
+            message = f"samples are written on this machine, and {out} is not; choose a folder."
+            raise SettingError(message)
+        return [out]
+    beside = out.with_name(out.name + SAMPLES)
+    if beside.exists() and not samples:
+        logger.warning("%s holds draws of an earlier merge; delete it, or give samples", beside)
+    return [out, beside] if samples else [out]

@@ -7,11 +7,11 @@ from typing import Any
 
 from poemerge.atomic import write_json, write_text
 from poemerge.checkpoint import read_json
+from poemerge.layout import TEXTS
 from poemerge.lineage import RECORD, Lineage, Source, check_text
 from poemerge.names import check_link
 from poemerge.report import REPORT, MergeReport
 
-TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 OWN_FILES = {RECORD, REPORT, "adapter_config.json"}
 
 HUB = "hf://"
@@ -48,7 +48,7 @@ def side_files(base: Path) -> tuple[Path, ...]:
     found = tuple(
         path
         for path in sorted(base.iterdir())
-        if path.suffix in TEXT_FILES
+        if path.suffix in TEXTS
         and path.name not in OWN_FILES
         and not path.name.endswith(".index.json")
     )

@@ -18,6 +18,7 @@ PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD = "poemerge:lineage/2/"  # build type, before the stage; docs/lineage.md says what it means
 BUILDER = "poemerge:local"  # whoever ran it, where they ran it: nobody vouches but a signature
 GIT = "git:"  # marks a blob's SHA-1 among the files of a source, where a hub states no more
+MARK = ":"  # in whatever is no sha256: that, or the `etag:` of an object in a storage
 HUB = "hf://"  # whose revisions are commits
 
 
@@ -107,7 +108,7 @@ def _digests(source: Mapping[str, Any]) -> dict[str, str]:
     else:  # what `sha256sum` prints of the files, hashed
         lines = "".join(f"{sha256}  {name}\n" for name, sha256 in hashes.items())
         digests = {"dirHash": hashlib.sha256(lines.encode()).hexdigest()}
-    if any(value.startswith(GIT) for value in hashes.values()):
+    if any(MARK in value for value in hashes.values()):
         digests = {}
     if source["uri"].startswith(HUB) and source["revision"]:
         digests["gitCommit"] = source["revision"]

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from poemerge.errors import SourceError
+from poemerge.remote import stand_ins
+from poemerge.remote.places import Entry, Place
 
-Stamp = tuple[int, int, int]  # inode, size, time of the last change
+Stamp = tuple[int, int, int] | Entry  # inode, size, time of the last change; or size and tag
 
 
 @contextmanager
@@ -26,6 +28,9 @@ def unchanged(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def _stamps(folder: Path) -> dict[Path, Stamp]:
+    if url := stand_ins.url_of(folder):
+        there = Place(url).listing()
+        return {folder / name: entry for name, entry in there.items()}
     files = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
     return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in files}
 

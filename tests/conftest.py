@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
 if TYPE_CHECKING:
+    from tests.storage import Storage
     from tests.zoo import Zoo
 
 # Set here, since the tools read these when a test file first imports them.
@@ -88,6 +89,23 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[tuple[str, Any]]:
+    """An S3-compatible server."""
+    from tests.storage import s3_server  # imported here, as transformers above
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def storage(s3: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> "Storage":
+    """A bucket of its own."""
+    from tests.storage import new_bucket  # imported here, as transformers above
+
+    return new_bucket(*s3, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from flows.cli.options import (
+    anywhere_option,
     base_option,
     device_option,
     dtype_option,
@@ -18,6 +19,7 @@ from flows.cli.options import (
     out_option,
     overwrite_option,
     resolve,
+    resolve_here,
     select_option,
     set_option,
     vocabulary_option,
@@ -30,7 +32,7 @@ from flows.cli.options import (
 @select_option
 @method_option
 @set_option
-@out_option
+@anywhere_option
 @device_option
 @dtype_option
 @vocabulary_option
@@ -84,7 +86,7 @@ def merge(
     wanted: Sequence[str],
     method: str,
     overrides: Sequence[str],
-    out: Path,
+    out: str,
     device: str,
     memory: float | None,
     runner: str,
@@ -95,7 +97,8 @@ def merge(
     """Merge experts into one model folder.
 
     SRC is a folder, a PEFT adapter folder, a .gguf file, hf://org/name@revision, dvc://path,
-    models:/name@alias, models:/name/version or package://name/path.
+    models:/name@alias, models:/name/version, package://name/path, or the URL of a folder in an
+    object storage, such as s3://bucket/folder, of which ranges are read (docs/howto/storage.md).
     """
     from flows.console import show_report, start_logging, tensor_progress
     from flows.overrides import in_bytes, parse_settings
@@ -162,7 +165,7 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
     from poemerge.extract import extract_adapter
 
     start_logging()
-    folders = resolve(base, [expert])
+    folders = resolve_here(base, [expert])
     source = folders.pop("base")
     (tuned,) = folders.values()
     with turn([choices["device"]]), tensor_progress("extracting") as progress:
@@ -255,8 +258,8 @@ def plan(
 ) -> None:
     """Say what a merge would take on other machines, from headers or a config.json alone.
 
-    SRC is a checkpoint or adapter folder, a config.json, or hf://org/name@revision, of which the
-    headers alone are downloaded.
+    SRC is a checkpoint or adapter folder, a config.json, or hf://org/name@revision or the URL of an
+    object storage's folder, of which the headers alone are downloaded.
     """
     import json
 

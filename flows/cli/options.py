@@ -45,6 +45,7 @@ expert_option = click.option(
 out_option = click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder to make."
 )
+anywhere_option = click.option("--out", required=True, help="Folder to make, here or at a URL.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
 memory_option = click.option(
     "--memory",
@@ -121,8 +122,10 @@ def named(experts: Sequence[str]) -> dict[str, str]:
 
 def resolve(
     base: str, experts: Sequence[str], wanted: Sequence[str] = (), *, hashed: bool = True
-) -> dict[str, Path]:
+) -> dict[str, Path | str]:
     """Name → folder that the core can read, the base first; what is no such folder is fetched.
+
+    One in an object storage stays there.
 
     Args:
         base: SRC.
@@ -132,6 +135,23 @@ def resolve(
     """
     from poemerge.lineage import hash_ahead
 
+    folders = {name: readable(s) for name, s in _checked(base, experts, wanted).items()}
+    if hashed:
+        hash_ahead(folder for folder in folders.values() if isinstance(folder, Path))
+    return folders
+
+
+def resolve_here(base: str, experts: Sequence[str]) -> dict[str, Path]:
+    """The same for what reads whole tensors more than once: all of it is fetched."""
+    from poemerge.lineage import hash_ahead
+
+    folders = {name: local_folder(source) for name, source in _checked(base, experts).items()}
+    hash_ahead(folders.values())
+    return folders
+
+
+def _checked(base: str, experts: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, str]:
+    """Name → SRC, the base first; experts of the library are of this base."""
     if not experts and not wanted:
         raise click.UsageError("Give --expert or --select, or both.")
     sources = {"base": base, **named(experts)}
@@ -140,18 +160,25 @@ def resolve(
     check_bases(base, {name: source for name, source in sources.items() if name != "base"})
     if wanted:
         sources |= select(base, parse_tags(wanted), sources)
-    folders = {name: local_folder(source) for name, source in sources.items()}
-    if hashed:
-        hash_ahead(folders.values())
-    return folders
+    return sources
+
+
+def readable(source: str) -> Path | str:
+    """`source` itself if the core can read it, here or elsewhere, else a copy."""
+    from poemerge.remote.places import is_readable, locate
+
+    place = locate(source)
+    return place if is_readable(place) else local_folder(source)
 
 
 def local_folder(source: str) -> Path:
-    """`source` itself if the core can read it, else a copy; fetching imports much."""
+    """`source` itself if the core can read it here, else a copy; fetching imports much."""
     from poemerge.layout import is_ready
+    from poemerge.remote.places import locate
 
-    if is_ready(Path(source)):
-        return Path(source)
+    place = locate(source)
+    if isinstance(place, Path) and is_ready(place):
+        return place
     from flows.bars import bars
     from flows.places import cache
     from tasks.fetch import resolve_local

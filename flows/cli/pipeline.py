@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.options import device_option, params_option, resolve, set_option
+from flows.cli.options import device_option, params_option, resolve_here, set_option
 
 if TYPE_CHECKING:
     from flows.changes import Standing
@@ -159,7 +159,7 @@ def report(
     start_logging()
     if bool(base) != bool(experts):
         raise click.UsageError("--base and --expert go together.")
-    given = resolve(base, experts) if base else {}
+    given = resolve_here(base, experts) if base else {}
     sources = Sources.find(folder, given.pop("base", None), given)
     out = out or sources.default_out(folder)
     with turn([choices["device"]]):

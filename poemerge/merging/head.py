@@ -22,6 +22,7 @@ from poemerge.merging.shards import Shard
 from poemerge.merging.walk import Walk
 from poemerge.merging.work import Recipe, ShardJob
 from poemerge.progress import Progress
+from poemerge.remote.delivery import receive
 from poemerge.report import MergeReport
 
 # Does all jobs, in any order, and calls back with every shard as soon as it is complete.
@@ -146,6 +147,8 @@ def _check_arrival(folder: Path, shard: Shard) -> None:
         MachineError: it is not.
     """
     path = folder / shard.file
+    if shard.tag:
+        receive(path, shard.sha256, shard.tag)
     if not path.is_file():
         raise MachineError(
             f"A worker has made {path}, and here it is not to be seen; the folder must be one that "

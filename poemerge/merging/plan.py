@@ -27,6 +27,7 @@ from poemerge.merging.terms import STRICT, Terms
 from poemerge.method import Method
 from poemerge.methods import find
 from poemerge.poe.settings import HeavySettings
+from poemerge.remote.stand_ins import at_hand
 from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, is_vocabulary, rule_for
 from poemerge.settings import Settings
 
@@ -109,8 +110,8 @@ class Plan:
 
 
 def plan_merge(
-    base: Path,
-    experts: Mapping[str, Path],
+    base: Path | str,
+    experts: Mapping[str, Path | str],
     method: str,
     settings: Mapping[str, Any],
     terms: Terms = STRICT,
@@ -118,8 +119,8 @@ def plan_merge(
     """Open everything, check that it fits, and decide each tensor's rule.
 
     Args:
-        base: checkpoint folder.
-        experts: name → checkpoint or adapter folder, in the order that counts.
+        base: checkpoint folder, or the URL of one elsewhere.
+        experts: name → checkpoint or adapter folder, or URL, in the order that counts.
         method: name of a method.
         settings: its settings; unnamed ones take their defaults.
         terms: on which experts are taken that do not fit.
@@ -132,9 +133,10 @@ def plan_merge(
     _check_names(tuple(experts), parsed)
     check_cuts(parsed)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(base))
+        start, *folders = stack.enter_context(at_hand([base, *experts.values()]))
+        checkpoint = stack.enter_context(Checkpoint(start))
         opened = []
-        for name, folder in experts.items():
+        for name, folder in zip(experts, folders, strict=True):
             opened.append(open_expert(name, folder, checkpoint, terms.vocabulary))
             stack.callback(opened[-1].close)
             check_tie(name, folder, opened[-1].untied, checkpoint)

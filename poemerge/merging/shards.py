@@ -31,12 +31,14 @@ class Shard:
         sha256: of its bytes.
         tensors: what was done to each in it.
         spilled: names of those that the GPU had no room for.
+        tag: that a storage elsewhere gave it, where a worker has brought it there.
     """
 
     file: str
     sha256: str
     tensors: tuple[TensorReport, ...]
     spilled: tuple[str, ...] = ()
+    tag: str = ""
 
 
 class Shards:

@@ -17,6 +17,9 @@ from poemerge.merging.plan import Plan, plan_merge
 from poemerge.merging.shards import Shard
 from poemerge.merging.terms import Terms
 from poemerge.merging.walk import Walk
+from poemerge.remote.delivery import bring, workplace
+from poemerge.remote.places import absolute
+from poemerge.remote.stand_ins import url_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Recipe:
     """A merge in names and paths, from which every process makes the same plan.
 
     Attributes:
-        base: checkpoint folder.
+        base: checkpoint folder, here or elsewhere.
         experts: name → checkpoint or adapter folder, in the order that counts.
         method: name of a method.
         settings: of the method.
@@ -32,8 +35,8 @@ class Recipe:
         choices: device, dtype, output, seed, rank, memory, draws.
     """
 
-    base: Path
-    experts: Mapping[str, Path]
+    base: Path | str
+    experts: Mapping[str, Path | str]
     method: str
     settings: Mapping[str, Any]
     terms: Terms
@@ -52,9 +55,9 @@ class Recipe:
         settings = dict(self.settings)
         if files := settings.get("curvature"):
             settings["curvature"] = {n: str(Path(file).absolute()) for n, file in files.items()}
-        experts = {name: folder.absolute() for name, folder in self.experts.items()}
+        experts = {name: absolute(folder) for name, folder in self.experts.items()}
         terms = replace(self.terms, values=False)
-        base = self.base.absolute()
+        base = absolute(self.base)
         return replace(self, base=base, experts=experts, settings=settings, terms=terms)
 
 
@@ -64,14 +67,14 @@ class ShardJob:
 
     Attributes:
         recipe: of the merge, with absolute paths.
-        folder: where the shard goes.
+        folder: where the shard goes, here or elsewhere.
         file: name of the shard.
         threads: of the CPU; sums round by how they are split.
         maker: what the merge's record says of the code and the machine that it is made by.
     """
 
     recipe: Recipe
-    folder: Path
+    folder: Path | str
     file: str
     threads: int
     maker: Mapping[str, str]
@@ -79,9 +82,9 @@ class ShardJob:
     @classmethod
     def of(cls, recipe: Recipe, folder: Path, files: Sequence[str]) -> list[Self]:
         """Jobs for some shards of a merge that is recorded as made here."""
-        there, folder, threads = recipe.elsewhere(), folder.absolute(), torch.get_num_threads()
-        maker = _maker(recipe.choices.device)
-        return [cls(there, folder, file, threads, maker) for file in files]
+        there, threads = recipe.elsewhere(), torch.get_num_threads()
+        place, maker = url_of(folder) or folder.absolute(), _maker(recipe.choices.device)
+        return [cls(there, place, file, threads, maker) for file in files]
 
     def on(self, device: str) -> Self:
         """The same on another device of the same kind."""
@@ -101,17 +104,22 @@ def make_shard(job: ShardJob) -> Shard:
     """
     _check(job)
     made: list[Shard] = []
-    with disk_errors(job.folder), job.recipe.plan() as plan, torch.inference_mode():
+    with (
+        disk_errors(job.folder),
+        job.recipe.plan() as plan,
+        workplace(job.folder) as folder,
+        torch.inference_mode(),
+    ):
         walk = Walk(plan, job.recipe.choices)
-        walk.fill([walk.output(job.folder, made.append)], [job.file])
-    (shard,) = made
-    return shard
+        walk.fill([walk.output(folder, made.append)], [job.file])
+        (shard,) = made
+        return replace(shard, tag=bring(folder / shard.file, shard.sha256))
 
 
 def _check(job: ShardJob) -> None:
     host, recipe = platform.node(), job.recipe
     for place in (job.folder, recipe.base, *recipe.experts.values()):
-        if not place.exists():
+        if isinstance(place, Path) and not place.exists():
             raise SourceError(
                 f"A worker on {host} does not see {place}; workers need the folders of the merge "
                 "under the same paths as the machine that asks for it (docs/runners.md)."

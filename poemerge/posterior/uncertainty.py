@@ -51,7 +51,7 @@ def describe_uncertainty(
     """
     choices = Choices(pick_device(device), "source", "full", seed=0, draws=Draws(1))
     found: dict[str, dict[str, float]] = {}
-    with plan_merge(Path(base), name_experts(experts), method, settings, LENIENT) as plan:
+    with plan_merge(base, name_experts(experts), method, settings, LENIENT) as plan:
         walk, tell = Walk(plan, choices), progress or silent
         with torch.inference_mode(), closing(walk.batches()) as batches:
             for batch, loaded in batches:

@@ -52,11 +52,13 @@ def fetch(
     Args:
         name: the role it plays: `base`, or an expert's name.
         source: a folder, a .gguf file, `hf://org/name@revision`, `models:/name@alias`,
-            `models:/name/version`, `dvc://path` or `package://name/path`; a relative path is taken
-            from the current directory.
+            `models:/name/version`, `dvc://path`, `package://name/path`, or the URL of a folder in
+            an object storage, such as `s3://bucket/folder`; a relative path is taken from the
+            current directory.
         out: the folder to make; replaced only once the new one is complete.
         sha256: what the source must have: the hash of a single file; of a folder, the digest of its
-            {file: hash} mapping (the message on a mismatch says what was found).
+            {file: hash} mapping, which is one of tags in an object storage (the message on a
+            mismatch says what was found).
         dtype: in which weights dequantised from GGUF are stored; others keep theirs.
 
     Returns:

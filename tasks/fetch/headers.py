@@ -10,6 +10,8 @@ from poemerge.checkpoint import DTYPES
 from poemerge.errors import SourceError
 from poemerge.ghosts import Layout, in_shards, write_ghost
 from poemerge.layout import is_ready
+from poemerge.remote.places import locate
+from poemerge.remote.stand_ins import stand_in
 from poemerge.writer import ShardWriter
 from tasks.fetch.hub import ADDRESS, endpoint, explained
 from tasks.fetch.layout import SAFETENSORS, select
@@ -22,24 +24,27 @@ def open_headers(source: str, folder: Path) -> Path:
     """A folder that `plan_merge` can open.
 
     Args:
-        source: a folder that is complete, taken as it is; `hf://org/name@revision`, of which the
-            headers alone are downloaded; or a config.json, whose model nobody has to have made.
+        source: a folder that is complete, taken as it is; `hf://org/name@revision` or the URL of
+            an object storage's folder, of which the headers alone are downloaded; or a
+            config.json, whose model nobody has to have made.
         folder: to make, of sparse files, where `source` is no folder.
 
     Raises:
         SourceError: it is none of these, or is refused.
         UnreachableError: the hub does not answer.
     """
-    path = Path(source)
-    if is_ready(path):
-        return path
+    place = locate(source)
+    if isinstance(place, str):
+        return stand_in(place, folder)
+    if is_ready(place):
+        return place
     if source.startswith(HUB):
         return _of_hub(source.removeprefix(HUB), folder)
-    if path.suffix == ".json" and path.is_file():
-        return _of_config(path, folder)
+    if place.suffix == ".json" and place.is_file():
+        return _of_config(place, folder)
     raise SourceError(
-        f"{source} cannot be planned with; give a checkpoint or adapter folder, a config.json, or "
-        "hf://org/name@revision."
+        f"{source} cannot be planned with; give a checkpoint or adapter folder, a config.json, "
+        "hf://org/name@revision, or s3://bucket/folder."
     )
 
 

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poemerge.errors import SourceError
+from poemerge.errors import UnreachableError
 
-
-class UnreachableError(SourceError):
-    """A network fault: the same request may well succeed later."""
+__all__ = ["OfflineError", "Origin", "UnreachableError"]
 
 
 class OfflineError(UnreachableError):
@@ -22,7 +20,7 @@ class Origin:
 
     Attributes:
         files: name → sha256 of each file that is read (`git:` and a blob's SHA-1 where a hub states
-            no more than that before the download).
+            no more than that before the download, `etag:` and its tag in an object storage).
         sha256: one hash for all of it: of the single file, or the digest of `files`.
         revision: the immutable name of these bytes: a commit, or a hash of the content.
         write: fills the empty folder that it is given with safetensors, config and tokenizer.

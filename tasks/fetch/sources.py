@@ -8,6 +8,7 @@ from pathlib import Path
 
 from poemerge.errors import SourceError
 from poemerge.redaction import carries_secret
+from poemerge.remote import places
 from tasks.fetch.dvc import open_content
 from tasks.fetch.gguf import open_file
 from tasks.fetch.hub import open_repository
@@ -15,12 +16,13 @@ from tasks.fetch.local import open_folder
 from tasks.fetch.origin import Origin
 from tasks.fetch.package import locate
 from tasks.fetch.registered import open_version
+from tasks.fetch.storage import open_storage
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]+):/{1,2}(?P<address>.*)")
 ELSEWHERE = {"hf": open_repository, "models": open_version, "dvc": open_content}
 KINDS = (
     "a folder, a .gguf file, hf://org/name@revision, models:/name@alias, models:/name/version, "
-    "dvc://path or package://name/path"
+    "dvc://path, package://name/path or s3://bucket/folder"
 )
 # What was asked for elsewhere so far, where it is to have one meaning: source → what that is.
 _resolved: ContextVar[dict[str, Origin] | None] = ContextVar("resolved", default=None)
@@ -53,7 +55,8 @@ def open_source(source: str, dtype: str) -> Origin:
 
     Args:
         source: a folder, a .gguf file, `hf://org/name@revision`, `models:/name@alias`,
-            `models:/name/version`, `dvc://path` or `package://name/path`.
+            `models:/name/version`, `dvc://path`, `package://name/path`, or the URL of a folder in
+            an object storage.
         dtype: in which dequantised weights are stored.
 
     Raises:
@@ -64,9 +67,11 @@ def open_source(source: str, dtype: str) -> Origin:
             f"{source} holds a password, a token or a query, and sources are recorded with every "
             "model; leave it out, and say who you are in the environment (HF_TOKEN, say)."
         )
-    parts = SCHEME.fullmatch(source)
-    if parts is None:
-        return open_path(Path(source), dtype)
+    place, parts = places.locate(source), SCHEME.fullmatch(source)
+    if isinstance(place, str):
+        return open_storage(place)
+    if parts is None or parts["scheme"] == places.HERE:
+        return open_path(place, dtype)
     match parts["scheme"]:
         case "package":
             return open_path(locate(parts["address"]), dtype)

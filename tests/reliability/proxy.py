@@ -15,6 +15,7 @@ Fault = Literal[500, 503, "dropped", "lost"]
 FAULTS: tuple[Fault, ...] = (500, 503, "dropped", "lost")
 ERROR = "HTTP/1.1 {} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+EXPECT = re.compile(rb"\r\nexpect: *100-continue", re.IGNORECASE)
 CHUNK = 65536
 
 
@@ -27,12 +28,14 @@ class Proxy:
         asked: method and path of every request, in order.
         fault: how those fail that do.
         failing: numbers of the requests that do.
+        sent: bytes of all answers.
     """
 
     upstream: tuple[str, int]
     asked: list[str] = field(default_factory=list)
     fault: Fault = 500
     failing: range = range(0)
+    sent: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, fault: Fault, start: int, count: int) -> None:
@@ -68,7 +71,16 @@ class Proxy:
                     while server.recv(CHUNK):
                         pass
                     return
-                _relay(server, client)
+                self._relay(server, client)
+
+    def _relay(self, server: socket.socket, client: socket.socket) -> None:
+        """Bytes both ways, until the server has said all."""
+        threading.Thread(target=_pump, args=(client, server), daemon=True).start()
+        with suppress(OSError):
+            while chunk := server.recv(CHUNK):
+                with self._lock:
+                    self.sent += len(chunk)  # before anybody can ask
+                client.sendall(chunk)
 
 
 @contextmanager
@@ -97,6 +109,9 @@ def _read(client: socket.socket) -> bytes:
             return b""
         data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
+    if EXPECT.search(head):  # who sends much asks first
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        head = EXPECT.sub(b"", head)
     length = LENGTH.search(head)
     missing = int(length[1]) - len(body) if length else 0
     while missing > 0 and (chunk := client.recv(CHUNK)):
@@ -105,12 +120,6 @@ def _read(client: socket.socket) -> bytes:
         head = re.sub(rb"\r\nconnection:[^\r]*", b"", head, flags=re.IGNORECASE)
         head += b"\r\nConnection: close"
     return head + b"\r\n\r\n" + body
-
-
-def _relay(server: socket.socket, client: socket.socket) -> None:
-    """Bytes both ways, until the server has said all."""
-    threading.Thread(target=_pump, args=(client, server), daemon=True).start()
-    _pump(server, client)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
