@@ -67,7 +67,7 @@ class OnRay:
                 log_to_driver=False,
                 **({} if self.address else own),
             )
-        except Exception as error:  # noqa: BLE001 - Ray raises just this where it starts too slowly
+        except Exception as error:  # Ray raises just this where it starts too slowly
             where = f"be reached at {self.address}" if self.address else "start here"
             first = " ".join(str(error).split())
             raise SettingError(
