@@ -67,10 +67,11 @@ class OnRay:
                 log_to_driver=False,
                 **({} if self.address else own),
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = self.address or "this machine"
+        except Exception as error:  # Ray raises just this where it starts too slowly
+            where = f"be reached at {self.address}" if self.address else "start here"
+            first = " ".join(str(error).split())
             raise SettingError(
-                f"Ray cannot be reached at {where} ({error}); start it, or mend runtime.address."
+                f"Ray cannot {where} ({first}); try again, or mend runtime.address."
             ) from error
         try:
             yield

@@ -6,7 +6,7 @@ import signal
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Self
 
@@ -98,10 +98,8 @@ class Worker:
     def begin(self, job: ShardJob) -> None:
         """Give it a job; if it is dead, `end` will say so."""
         self.job = job
-        try:
+        with suppress(BrokenPipeError):
             self.pipe.send(job)
-        except BrokenPipeError:
-            logger.debug("the worker on %s was dead already", self.device)
 
     def end(self) -> tuple[ShardJob, Shard | None]:
         """The job that it was at and the shard, or None if it died; a new one then stands ready.
@@ -152,14 +150,12 @@ def _check_tries(job: ShardJob, died: int) -> None:
 
 
 def _serve(pipe: Connection, device: str, work: Work) -> None:
-    """Do jobs until the other end is closed."""
+    """Do jobs until the other end is closed, as it is when the head dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's, which ends us
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):
+        while True:
             job: ShardJob = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_answer(job.on(device), work))
+            pipe.send(_answer(job.on(device), work))
 
 
 def _answer(job: ShardJob, work: Work) -> Shard | Exception:
