@@ -224,7 +224,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(read_text(path, BY_HAND))
     except FileNotFoundError as error:
-        raise SettingError(f"{path} does not exist; run where it lies, or name it.") from error
+        message = f"{path} does not exist; run where it lies, or name it by --params."
+        raise SettingError(message) from error
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())
         raise SettingError(f"{path} is no readable YAML ({first}); mend it there.") from error
