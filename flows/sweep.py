@@ -13,10 +13,10 @@ from prefect import flow
 
 from flows.candidates import Bench, Candidate, MergeError
 from flows.meter import Pace
-from flows.params import Params, SweepParams
 from flows.pipeline import run_stage
 from flows.places import ARTIFACTS, Places
 from flows.queue import turn
+from flows.sections import Params, SweepParams
 from flows.selection import find_places
 from flows.steps import steps
 from poemerge.alone import alone
