@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what stands beside the stages in tasks/
 SHARED = {
+    "audit_table",
     "decisions",
     "dvc_store",
     "library",
