@@ -6,7 +6,7 @@ from pathlib import Path
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
-from flows import console
+from flows import outcome_table
 from flows.params import load
 from flows.places import Places
 
@@ -18,12 +18,12 @@ def draw() -> None:
     """Read the outputs of the last plain run and draw them as a terminal would."""
     params = load(Path("params.yaml"))
     places = Places(params, params)
-    console.console = Console(record=True, width=WIDTH)
-    console.show_outcome(places.outcome(made=[]))
+    outcome_table.console = Console(record=True, width=WIDTH)
+    outcome_table.show_outcome(places.outcome(made=[]))
     frame = re.sub(
         r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL
     )  # no web fonts
-    console.console.save_svg(str(PICTURE), title="make demo", code_format=frame)
+    outcome_table.console.save_svg(str(PICTURE), title="make demo", code_format=frame)
 
 
 if __name__ == "__main__":

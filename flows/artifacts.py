@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from platform import node
 from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import (
-    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -23,6 +23,7 @@ from prefect.artifacts import (
 from flows.changes import Standing
 from tasks.register.leaderboard import Leaderboard, Row
 from tasks.report import PAGE
+from tasks.report.logged import address
 
 EVERY = 2.0  # seconds between two updates of a step
 MOVED = "| what | was | is |\n| --- | --- | --- |\n"
@@ -34,19 +35,42 @@ def show_moved(standing: Standing) -> None:
     """Why there is something to do."""
     rows = "".join(f"| {c.what} | {c.was or 'new'} | {c.now or 'gone'} |\n" for c in standing.moved)
     with _forgiving():
-        create_markdown_artifact(MOVED + rows if rows else str(standing), key="moved")
+        said = MOVED + rows if rows else str(standing)
+        create_markdown_artifact(said, key="moved", description="Why there was something to do")
 
 
-def show_outcome(outcome: Mapping[str, Any]) -> None:
-    """The leaderboard as a table, and a link to the page of the report, if there are any."""
+def show_outcome(outcome: Mapping[str, Any], experiment: str) -> None:
+    """The leaderboard as a table, and where the page of the report is, if there are any.
+
+    Args:
+        outcome: of a run; see `Places.outcome`.
+        experiment: of the run in MLflow.
+    """
     if outcome["register"] is None:
         return
     with _forgiving():
         board = Leaderboard.read(Path(outcome["register"]) / "leaderboard.json")
         table = [_cells(row, board) for row in board.rows]
         create_table_artifact(table, key="leaderboard", description=f"Best: {board.best.label}")
-        page = Path(outcome["report"], PAGE).resolve().as_uri()
-        create_link_artifact(page, "the page", key="report", description="Report of the run")
+        _show_report(Path(outcome["report"], PAGE), address(Path(outcome["register"]), experiment))
+
+
+def _show_report(page: Path, folder: str | None) -> None:
+    """A link to MLflow's server; without one, a path, for browsers follow no link to a file."""
+    link = f"[the page, in MLflow]({folder}/{PAGE})"
+    said = link if folder else f"On {node()}: `{page.resolve()}`"
+    create_markdown_artifact(said, key="report", description="Report of the run")
+
+
+def ending(outcome: Mapping[str, Any]) -> str:
+    """What came of a run, for the message of its last state."""
+    said = f"{len(outcome['made'])} steps done"
+    if outcome["register"] is not None:
+        board = Leaderboard.read(Path(outcome["register"]) / "leaderboard.json")
+        said += f"; best: {board.best.label}"
+    if promotion := outcome["promotion"]:
+        said += f"; {promotion['kind']} of version {promotion['version']}"
+    return said
 
 
 class Steps:

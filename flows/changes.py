@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import tasks
 from flows import steps
-from flows.params import Params
 from flows.places import Places
+from flows.sections import Params
 from poemerge.lineage import core_code, digest, sha256
 from tasks.evaluate import TOOLS, task_digests
 from tasks.fetch import UnreachableError, fetched, resolve

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from poemerge.merging.plan import Plan
     from poemerge.method import Method
     from poemerge.report import MergeReport
-    from tasks.register.leaderboard import Leaderboard, Row
 
 FILE_WIDTH = 160  # columns, where no terminal says how wide it is
 console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
@@ -58,37 +57,6 @@ def waiting(doing: str) -> Iterator[None]:
         yield
 
 
-def show_outcome(outcome: Mapping[str, Any]) -> None:
-    """The leaderboard of a run and where everything lies."""
-    from tasks.register.leaderboard import Leaderboard
-
-    if outcome["register"] is None:
-        for label, folder in outcome["merges"].items():
-            console.print(f"{label}: {folder}")
-        return
-    register = Path(outcome["register"])
-    board = Leaderboard.read(register / "leaderboard.json")
-    entry = json.loads((register / "registration.json").read_text(encoding="utf-8"))
-    console.print(leaderboard_table(board, {k: Path(v) for k, v in outcome["logs"].items()}))
-    made = outcome["made"]
-    console.print(f"{len(made)} steps done" if made else "Everything was up to date.")
-    lossy = " (dequantised: its scores are below the original's)"
-    rows = {
-        "base": outcome["base"] + lossy * outcome["base"].endswith(".gguf"),
-        "best": f"{entry['candidate']}, registered as {entry['name']}",
-        "model": outcome["merges"][entry["candidate"]],
-        "leaderboard": str(register / "leaderboard.json"),
-        "report": str(Path(outcome["report"], "index.html")),
-        "registry": "mlflow ui --backend-store-uri sqlite:///mlflow.db",
-        "runs": "prefect server start, then http://127.0.0.1:4200",
-        "artifacts": "dvc status; dvc dag; dvc push",
-    }
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}", value)
-    console.print(table)
-
-
 def board_table(title: str, caption: str | None = None) -> Table:
     """An empty table in the look of all leaderboards."""
     return Table(
@@ -100,26 +68,6 @@ def board_table(title: str, caption: str | None = None) -> Table:
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
-
-
-def leaderboard_table(board: "Leaderboard", logs: Mapping[str, Path]) -> Table:
-    """Rows methods, columns tasks (per cent), then means, seconds and peak memory."""
-    table = board_table(
-        "Test scores, per cent",
-        "experts: each on its own task; norm: mean of score / expert's score; val: mean on "
-        "validation, which chooses; s and MB: of the merge",
-    )
-    table.add_column("candidate", no_wrap=True)
-    for column in (*board.tasks, "mean", "norm", "val", "s", "MB"):
-        table.add_column(column, justify="right", overflow="fold")
-    for row in board.of("base"):
-        table.add_row(*_cells(row, board), "", "")
-    table.add_row(*_expert_cells(board))
-    table.add_section()
-    for row in board.of("merge"):
-        style = "bold green" if row.label == board.best.label else ""
-        table.add_row(*_cells(row, board), *_cost(logs.get(row.label)), style=style)
-    return table
 
 
 def show_report(report: "MergeReport", out: Path | str, samples: int = 0) -> None:
@@ -202,28 +150,6 @@ def show_methods(methods: Mapping[str, "Method"]) -> None:
         for name, default, meaning in method.settings.describe():
             table.add_row(f"[cyan]{name}[/]", json.dumps(default), meaning)
         console.print(table)
-
-
-def _cells(row: "Row", board: "Leaderboard") -> list[str]:
-    scores = [_number(row.score(task)) for task in board.tasks]
-    means = (row.mean.get("test"), row.normalised.get("test"), row.mean.get("validation"))
-    return [row.label, *scores, *(_number(mean) for mean in means)]
-
-
-def _expert_cells(board: "Leaderboard") -> list[str]:
-    experts = {row.label: row.score(row.label) for row in board.of("expert")}
-    return ["experts", *(_number(experts.get(task)) for task in board.tasks), *[""] * 5]
-
-
-def _cost(log: Path | None) -> tuple[str, str]:
-    if log is None or not log.exists():
-        return "", ""
-    cost = json.loads(log.read_text(encoding="utf-8"))
-    return f"{cost['seconds']:.0f}", f"{cost['peak_bytes'] / 1e6:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
 
 
 def _form(group: "Group") -> str:

@@ -18,7 +18,8 @@ from prefect.server.schemas.schedules import CronSchedule
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.process import ProcessWorker
 
-from flows.params import ScheduleParams, load, read
+from flows.params import load, read
+from flows.sections import ScheduleParams
 from poemerge.errors import SettingError
 
 TEMPLATE = Path("prefect.yaml")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from flows.params import LABEL, EvaluateParams
+from flows.sections import LABEL, EvaluateParams
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.lineage import digest, hash_files
 from poemerge.merging.plan import plan_merge

@@ -27,7 +27,7 @@ def show_experts(experts: "Sequence[Expert]", *, as_json: bool) -> None:
 def experts_table(experts: "Sequence[Expert]") -> Table:
     """Names, tags, scores in per cent, and what each was fine-tuned from."""
     table = board_table(
-        f"{len(experts)} experts",
+        "1 expert" if len(experts) == 1 else f"{len(experts)} experts",
         "score: on its own task, test split, per cent; base: its name, and digest of its weights",
     )
     for column in ("expert", "task", "tags", "base"):

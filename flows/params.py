@@ -1,13 +1,14 @@
-"""params.yaml as frozen models: every number of the pipeline, and nothing that is unknown."""
+"""params.yaml, read and checked: what is wrong in it is said in one sentence."""
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from flows.overrides import override, parse_yaml
+from flows.sections import MergeParams, Params, SweepParams
 from poemerge.documents import BY_HAND, read_text
 from poemerge.errors import SettingError
 from poemerge.redaction import carries_secret
@@ -15,171 +16,6 @@ from poemerge.settings import nearest
 
 if TYPE_CHECKING:
     from tasks.sweep.space import Space
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-AROUND = ("sweep", "promote", "schedule", "runtime")  # sections that change no stage's output
-LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-Label = Annotated[str, Field(pattern=LABEL)]  # a file name, a DVC stage, an MLflow run
-
-
-class Section(BaseModel):
-    """Frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class SourceParams(Section):
-    """Where a checkpoint or adapter comes from."""
-
-    source: str = Field(
-        min_length=1, description="a folder, a .gguf file, or an address: hf://org/name@revision"
-    )
-    sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="its content's; any other is refused"
-    )
-
-
-class FetchParams(Section):
-    """The base and its experts, one by one or by the tags that the library has of them."""
-
-    base: SourceParams
-    experts: dict[Label, SourceParams]
-    select: dict[str, str] | None = Field(
-        None,
-        min_length=1,
-        description="tags; every expert of the library that has them all joins (docs/library.md)",
-    )
-    dtype: Dtype
-
-
-class TaskVectorsParams(Section):
-    """The task vectors have no numbers of their own."""
-
-
-class MergeParams(Section):
-    """The candidates: label → settings, with `method` where the label is not its name."""
-
-    device: str
-    dtype: Dtype | Literal["source"]
-    strength: float = Field(ge=0)
-    seed: int = Field(ge=0)
-    memory: float | None = Field(gt=0)
-    vocabulary: Literal["refuse", "pad", "base"] = Field(
-        "refuse", description="of token rows that do not fit (docs/traps.md)"
-    )
-    foreign: Literal["refuse", "warn"] = Field(
-        "refuse", description="of an expert that was not fine-tuned from the base"
-    )
-    methods: dict[Label, dict[str, Any]] = Field(min_length=1)
-
-    def candidate(self, label: str) -> tuple[str, dict[str, Any]]:
-        """Method and settings of a candidate; `strength` is the section's where it has none."""
-        settings = {"strength": self.strength, **self.methods[label]}
-        return settings.pop("method", label), settings
-
-
-class EvaluateParams(Section):
-    """What the candidates are scored on."""
-
-    include: str
-    trust: list[str] = Field(
-        ["data/tasks"], description="folders whose tasks may run code (templates, `!function`)"
-    )
-    tasks: list[str]  # none: what lm-eval has no task for is merged, and neither scored nor chosen
-    experts: Literal["own", "all"]
-    validation: str
-    limit: int | None = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    dtype: Dtype
-    device: str
-    seed: int = Field(ge=0)
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """How a candidate is scored, whichever it is and on whatever tasks."""
-        return self.model_dump(exclude={"tasks", "experts"})
-
-
-class RegisterParams(Section):
-    """Which candidate wins, and the name under which it is registered."""
-
-    name: Label
-    experiment: str = Field(min_length=1)
-    choose: Literal["mean", "normalised"]
-    store: Literal["dvc", "copy"]
-
-
-class ReportParams(Section):
-    """How closely the report looks into the merges."""
-
-    detail: int = Field(ge=0)
-    side: Literal["output", "input"]
-    seed: int = Field(ge=0)
-    device: str
-
-
-class SweepParams(Section):
-    """How the settings of merges are searched; no stage, and no part of a run."""
-
-    sampler: Literal["grid", "random", "tpe"]
-    trials: int = Field(ge=1)
-    prune: bool
-    seed: int = Field(ge=0)
-    storage: str = Field(min_length=1)
-    space: dict[Label, dict[str, Any]] = Field(min_length=1)
-
-
-class PromoteParams(Section):
-    """What a version must pass to become champion; no stage."""
-
-    automatic: bool
-    min_gain: float = Field(ge=-1, le=1)
-    level: float = Field(gt=0, lt=1)
-    max_drop: float = Field(ge=0, le=1)
-    certificates: bool
-    verify: bool
-
-
-class ScheduleParams(Section):
-    """When the pipeline runs by itself, and how long it may take; no stage."""
-
-    cron: str = Field(min_length=1)
-    timezone: str = Field(min_length=1)
-    timeout: int | None = Field(ge=1)
-
-
-class RuntimeParams(Section):
-    """Where the shards of merges are made; no stage, for it changes no byte (docs/runners.md)."""
-
-    runner: Literal["threads", "processes", "dask", "ray"]
-    workers: int | None = Field(ge=1)
-    address: str | None = Field(min_length=1)
-
-
-class Params(Section):
-    """The six sections, named like the stages, and those of commands around them."""
-
-    fetch: FetchParams
-    task_vectors: TaskVectorsParams
-    merge: MergeParams
-    evaluate: EvaluateParams
-    register_: RegisterParams = Field(alias="register")
-    report: ReportParams
-    sweep: SweepParams | None = None
-    promote: PromoteParams | None = None
-    schedule: ScheduleParams | None = None
-    runtime: RuntimeParams | None = None
-
-    @property
-    def sections(self) -> Mapping[str, Any]:
-        """The plain values of the stages, as the YAML has them."""
-        return self.model_dump(by_alias=True, exclude=set(AROUND))
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """Where a run computes, as the YAML names it."""
-        scoring = (self.evaluate.device, self.report.device)
-        return (self.merge.device, *scoring) if self.evaluate.tasks else (self.merge.device,)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -233,7 +69,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(read_text(path, BY_HAND))
     except FileNotFoundError as error:
-        raise SettingError(f"{path} does not exist; run where it lies, or name it.") from error
+        message = f"{path} does not exist; run where it lies, or name it by --params."
+        raise SettingError(message) from error
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())
         raise SettingError(f"{path} is no readable YAML ({first}); mend it there.") from error

@@ -67,7 +67,10 @@ def pipeline(
 def _bring_up_to_date(
     path: Path, overrides: tuple[str, ...], *, force: bool, push: bool
 ) -> dict[str, Any]:
-    """Look what moved, and run all stages if anything did; as `pipeline`."""
+    """Look what moved, and run all stages if anything did.
+
+    For whom calls the flow, Prefect takes the data out of the state.
+    """
     tree = read(path)
     places = find_places(path, overrides)
     if places.is_plain:
@@ -80,7 +83,6 @@ def _bring_up_to_date(
         if push:
             share(places)
         nothing = places.outcome([])
-        # For whom calls the flow, Prefect takes the data out of the state.
         return Completed(name=UP_TO_DATE, message=str(standing), data=nothing)  # type: ignore[return-value]
     artifacts.show_moved(standing)
     limit = places.params.schedule.timeout if places.params.schedule else None
@@ -96,8 +98,8 @@ def _bring_up_to_date(
         promotion = after_run(places, trial=bool(overrides))
         changes.conclude(places)
     outcome = places.outcome(made) | {"promotion": promotion}
-    artifacts.show_outcome(outcome)
-    return outcome
+    artifacts.show_outcome(outcome, places.params.register_.experiment)
+    return Completed(message=artifacts.ending(outcome), data=outcome)  # type: ignore[return-value]
 
 
 def _run(places: Places, tree: Mapping[str, Any], overrides: tuple[str, ...]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.params import Params
+from flows.sections import Params
 from poemerge.lineage import digest
 
 PLAIN = Path("params.yaml")  # what dvc.yaml and dvc.lock speak of

@@ -13,9 +13,10 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.settings import PREFECT_API_URL
 
-from flows.params import Params, load
+from flows.params import load
 from flows.places import Places
 from flows.provenance import verify
+from flows.sections import Params
 from poemerge.errors import SettingError
 from tasks.evaluate import evaluate
 from tasks.promote import Evaluation, Judgement, Limits, Row, judge, note, registered

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.params import LABEL, Params, SourceParams, check, load
+from flows.params import check, load
 from flows.places import PLAIN, Places
+from flows.sections import LABEL, Params, SourceParams
 from poemerge.errors import SettingError, SourceError
 from tasks.versions import SCHEME, is_ref
 

@@ -10,8 +10,8 @@ from prefect.tasks import Task
 
 from flows.meter import measure
 from flows.overrides import in_bytes
-from flows.params import Params
 from flows.places import Places
+from flows.sections import Params
 from tasks.evaluate import evaluate
 from tasks.fetch import fetch
 from tasks.merge import merge

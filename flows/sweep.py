@@ -13,10 +13,10 @@ from prefect import flow
 
 from flows.candidates import Bench, Candidate, MergeError
 from flows.meter import Pace
-from flows.params import Params, SweepParams
 from flows.pipeline import run_stage
 from flows.places import ARTIFACTS, Places
 from flows.queue import turn
+from flows.sections import Params, SweepParams
 from flows.selection import find_places
 from flows.steps import steps
 from poemerge.alone import alone
@@ -57,7 +57,7 @@ def sweep(
         PoemergeError: something was refused.
     """
     places = find_places(Path(params), overrides)
-    section = _section(places.params, params, labels)
+    section = section_of(places.params, params, labels)
     with alone(ARTIFACTS), turn(places.params.devices):
         run_stage("fetch", list(steps("fetch", places)))
         with _open(places, section, tuple(labels or section.space)) as contest:
@@ -89,8 +89,17 @@ class Contest:
         return self.pace.left(sum(self.searches[label].left for label in self.asked))
 
 
-def _section(params: Params, path: str, labels: Sequence[str]) -> SweepParams:
-    """The section, once it is clear that it can be done."""
+def section_of(params: Params, path: str, labels: Sequence[str]) -> SweepParams:
+    """The section `sweep`, once it is clear that it can be done.
+
+    Args:
+        params: that have it.
+        path: of their file, for the message.
+        labels: methods that are asked for.
+
+    Raises:
+        SettingError: there is none, or it cannot be done.
+    """
     if params.sweep is None:
         raise SettingError(f"{path} has no section sweep; docs/sweep.md shows one.")
     for label in labels:

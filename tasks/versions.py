@@ -33,6 +33,13 @@ DECISION = "poemerge.decision"  # number and hash of the decision that made it c
 GAIN = "poemerge.gain"  # over the champion before it, in words
 PROMOTED = "poemerge.promoted"  # when, in UTC, and by whom
 
+ABOUT = {  # what MLflow's page of a registered model says first
+    MERGE: "Merges by poemerge. `champion` is live, `challenger` is what the last run chose. "
+    "`poemerge lineage models:/NAME@champion` says where a version comes from, `poemerge audit` "
+    "who made it champion and why.",
+    EXPERT: "An expert of the library; `poemerge experts list` shows all.",
+}
+
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # aliases
 
 BESIDE = ("MLmodel", "requirements.txt", "python_env.yaml", "components/")
@@ -127,7 +134,7 @@ def claim(client: Any, name: str, kind: str) -> None:
     """
     query = f"name = '{name}'"
     if not client.search_registered_models(query):
-        make_model(client, name, tags={KIND: kind})
+        make_model(client, name, tags={KIND: kind}, description=ABOUT[kind])
     for model in client.search_registered_models(query):
         found = model.tags.get(KIND, MERGE)  # there were merges before there were kinds
         if found != kind:

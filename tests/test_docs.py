@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import poemerge
 from flows.cli import main
 from flows.overrides import parse_settings
-from flows.params import MergeParams, load
+from flows.params import load
+from flows.sections import MergeParams
 from poemerge.methods import METHODS, find
 from poemerge.poe.certificate import Certificate
 from poemerge.poe.settings import HeavySettings, ProductSettings

@@ -11,9 +11,9 @@ from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 from flows.cli import main
-from flows.params import AROUND, Params
 from flows.reference import FOLDER, pages
 from flows.reference.parameters import keys
+from flows.sections import AROUND, Params
 from flows.steps import STAGES
 from poemerge.methods import METHODS
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what stands beside the stages in tasks/
 SHARED = {
+    "audit_table",
     "decisions",
     "dvc_store",
     "library",
@@ -82,7 +83,7 @@ def test_the_reference_is_current() -> None:
 
 def test_every_parameter_has_a_meaning() -> None:
     silent = [key.path for rows in keys().values() for key in rows if not key.meaning]
-    assert not silent, "give each a remark in params.yaml, or a `description` in flows/params.py"
+    assert not silent, "give each a remark in params.yaml, or a `description` in flows/sections.py"
 
 
 def test_every_parameter_has_a_remark() -> None:

@@ -32,7 +32,6 @@ QUIET = {
     "PREFECT_API_REQUEST_TIMEOUT": "20",  # seconds, of each try; the default is 60
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine takes its time
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # we show our own
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are ten times slower on a machine in use
 }

@@ -27,7 +27,7 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool, push
     unless --save is given.
     """
     from flows.bars import bars
-    from flows.console import show_outcome, start_logging
+    from flows.console import start_logging
     from flows.decision_table import show_promotion
     from flows.overrides import save_overrides
     from flows.params import load
@@ -43,6 +43,8 @@ def run(params: Path, overrides: Sequence[str], *, save: bool, force: bool, push
     if not isinstance(outcome, dict):
         click.echo(str(outcome))
         return
+    from flows.outcome_table import show_outcome  # imports Prefect, which is there by now
+
     show_outcome(outcome)
     if outcome.get("promotion"):
         show_promotion(outcome["promotion"])
@@ -90,12 +92,15 @@ def sweep(params: Path, overrides: Sequence[str], labels: Sequence[str], *, save
     from flows.overrides import save_values
     from flows.params import load
 
-    load(params, overrides)
+    loaded = load(params, overrides)
     start_logging()
-    logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
     from flows.prefect_server import asked
+    from flows.sweep import section_of
     from flows.sweep import sweep as search
     from flows.sweep_table import show_sweep
+
+    section_of(loaded, str(params), labels)
+    logging.getLogger(__name__).info("starting Prefect (some 10 s where no server is running)")
 
     with asked():
         outcome = search(str(params), list(overrides), list(labels))

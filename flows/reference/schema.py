@@ -1,12 +1,12 @@
-"""The models of flows/params.py as their JSON schema has them: every key, and what it takes."""
+"""The models of flows/sections.py as their JSON schema has them: every key, and what it takes."""
 
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from flows.params import Params
 from flows.reference.markdown import code
+from flows.sections import Params
 
 Node = Mapping[str, Any]
 NAME = "NAME"  # stands for a name of the user's choice

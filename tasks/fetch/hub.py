@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from poemerge.errors import SourceError
 from poemerge.lineage import digest, sha256
@@ -73,6 +74,7 @@ class _Snapshot:
     size: int
 
     def download(self, folder: Path) -> None:
+        disable_progress_bars()  # the hub's own, which would write over ours
         with explained(self.address), growing(folder, f"hf://{self.address}", self.size):
             snapshot_download(
                 self.repo,

@@ -14,6 +14,8 @@ from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Comparison, Cost, Row
+from tasks.register.note import TAG as NOTE
+from tasks.register.note import note
 from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat, marked_run
 from tasks.versions import (
     BASE,
@@ -106,8 +108,9 @@ def record(experiment: str, entry: Entry, compared: Comparison, key: str) -> Non
     board = compared.board
     tags = {
         STAGE: "register",
-        OVERRIDES: " ".join(compared.overrides),
         LEADERBOARD: digest(board.as_json()),
+        NOTE: note(board),
+        **_overrides(compared),
     }
     with connected() as client:
         claim(client, entry.name, MERGE)
@@ -192,6 +195,10 @@ def _create(client: MlflowClient, entry: Entry, run: str, compared: Comparison) 
         CANDIDATE: entry.candidate,
         METHOD: entry.method,
         BASE: entry.base,
-        OVERRIDES: " ".join(compared.overrides),
+        **_overrides(compared),
     }
     return create(client, entry.name, source, tags, run_id=run, description=entry.description)
+
+
+def _overrides(compared: Comparison) -> dict[str, str]:
+    return {OVERRIDES: " ".join(compared.overrides)} if compared.overrides else {}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
-from mlflow import MlflowClient
+from mlflow import MlflowClient, environment_variables
+from prefect import settings
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -213,6 +215,34 @@ def test_the_page_shows_these_commands(running: Running) -> None:
     commands = [child.cmdline() for child in psutil.Process(running.process.pid).children()]
     run = [" ".join(words[1:]) for words in commands if "prefect" in words]
     assert sorted(line.replace("4200", str(port)) for line in shown) == sorted(run)
+
+
+def test_the_units_of_the_page_are_whole(tmp_path: Path) -> None:
+    """systemd itself reads them, where it is installed; Prefect knows every variable."""
+    page = (ROOT / "docs/schedule.md").read_text()
+    blocks = re.findall(r"```ini\n(.*?)```", page, re.DOTALL)
+    names = re.findall(r"`/etc/(systemd/system/[\w-]+\.service|[\w-]+\.env)`", page)
+    assert len(blocks) == len(names) == 4
+    for name, block in zip(names, blocks, strict=True):
+        if name.endswith(".env"):
+            keys = [line.partition("=")[0] for line in block.splitlines()]
+            assert all(hasattr(settings, key) for key in keys if key.startswith("PREFECT_"))
+            assert all(is_known(key) for key in keys if key.startswith("MLFLOW_"))
+            continue
+        unit = tmp_path / Path(name).name
+        unit.write_text(
+            re.sub(r"^ExecStart=\S+", f"ExecStart={sys.executable}", block, flags=re.MULTILINE)
+        )
+        if program := shutil.which("systemd-analyze"):
+            command = [program, "verify", str(unit)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def is_known(key: str) -> bool:
+    """True for a variable that MLflow reads."""
+    found = getattr(environment_variables, key, None)
+    return found is not None and found.name == key
 
 
 def test_a_server_that_runs_is_found(running: Running) -> None:

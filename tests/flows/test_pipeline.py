@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from platform import node
 from typing import Any
 
 import mlflow
@@ -28,8 +29,9 @@ from prefect.testing.utilities import prefect_test_harness
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows import artifacts
-from flows.console import console, show_outcome
+from flows.console import console
 from flows.limits import OvertimeError
+from flows.outcome_table import show_outcome
 from flows.pipeline import pipeline
 from poemerge.errors import CheckpointError, PoemergeError
 from poemerge.lineage import Lineage, hash_files
@@ -140,11 +142,19 @@ def shown(key: str, within: str = "") -> list[Any]:
     return [artifact.data for artifact in found if within in str(artifact.data)]
 
 
-def test_prefect_links_the_page(finished: tuple[Path, dict]) -> None:
+def test_prefect_says_where_the_page_is(finished: tuple[Path, dict]) -> None:
     folder, outcome = finished
     page = (folder / outcome["report"] / "index.html").resolve()
     assert page.is_file()
-    assert f"[the page]({page.as_uri()})" in shown("report")
+    assert f"On {node()}: `{page}`" in shown("report")
+
+
+def test_prefect_says_what_came_of_it(finished: tuple[Path, dict]) -> None:
+    with get_client(sync_client=True) as client:
+        messages = [run.state.message for run in client.read_flow_runs()]
+    _, outcome = finished
+    best = json.loads(Path(finished[0], "artifacts/register/leaderboard.json").read_text())["best"]
+    assert f"{len(outcome['made'])} steps done; best: {best}" in messages
 
 
 def test_prefect_shows_how_far_it_is_and_who_is_best(finished: tuple[Path, dict]) -> None:
@@ -170,7 +180,7 @@ def test_a_server_that_is_away_stops_nothing(
     monkeypatch.chdir(folder)
     steps = artifacts.Steps()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        artifacts.show_outcome(outcome)
+        artifacts.show_outcome(outcome, "tests")
         for done in range(4):
             steps("merge ties", "tensors", done, 4)
     said = [record.message for record in caplog.records if record.name == "flows.artifacts"]

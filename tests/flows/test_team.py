@@ -160,6 +160,29 @@ def test_a_worker_runs_and_pushes(team: Team) -> None:
     assert clean.stdout == ""
 
 
+def test_prefect_links_the_report_in_mlflow(team: Team) -> None:
+    script = """
+set -a; . ../worker.env; set +a
+python -c '
+import mlflow, re
+from prefect.artifacts import Artifact
+
+text = Artifact.get("report").data
+run, path = re.search(r"/runs/(\\w+)/artifacts/(.*)[)]", text).groups()
+print(text)
+print(mlflow.artifacts.load_text(mlflow.get_run(run).info.artifact_uri + "/" + path))
+'
+"""
+    done = team.run(script, "worker")
+    assert done.returncode == 0, done.stderr
+    link, *page = done.stdout.splitlines()
+    assert link.startswith(f"[the page, in MLflow]({team.places['https://mlflow.example']}/#/")
+    assert (
+        "\n".join(page).strip()
+        == (team.folder / "worker/artifacts/report/index.html").read_text().strip()
+    )
+
+
 def test_a_reader_loads_the_champion_with_an_empty_cache(team: Team) -> None:
     said, folder, *lineage = team.follow("reader").splitlines()
     assert said.startswith("Question: ")

@@ -55,6 +55,7 @@ def test_the_best_becomes_a_version_with_everything_about_it(project: Project) -
         "poemerge.base": "hf://org/tiny@1",
         "poemerge.overrides": "merge.strength=1.0",
     }
+    assert "`poemerge audit`" in client().get_registered_model("tiny-merged").description
     assert best.description == (
         "Merge `cauchy` (method cauchy_poe) of experts of hf://org/tiny@1. Test: odd 60.0%, "
         "even 60.0%; mean 60.0%. On average 75.0% of what each task's own expert scores."
@@ -69,6 +70,9 @@ def test_every_candidate_is_a_run_below_one_parent(project: Project) -> None:
     assert [run.info.run_name for run in children] == ["base", "odd", "even", "cauchy", "average"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    said = parent.data.tags["mlflow.note.content"]
+    assert said.startswith("Best on validation: **cauchy**.")
+    assert "| cauchy | 60.0 | 60.0 | 60.0 | 75.0 | 60.0 |" in said
     best = children[3]
     assert best.data.params == {
         "method": "cauchy_poe",
