@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tasks.sweep.space import Space
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-AROUND = ("sweep", "promote", "schedule")  # sections that change no stage's output
+AROUND = ("sweep", "promote", "schedule", "runtime")  # sections that change no stage's output
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Label = Annotated[str, Field(pattern=LABEL)]  # a file name, a DVC stage, an MLflow run
 
@@ -148,6 +148,14 @@ class ScheduleParams(Section):
     timeout: int | None = Field(ge=1)
 
 
+class RuntimeParams(Section):
+    """Where the shards of merges are made; no stage, for it changes no byte (docs/runners.md)."""
+
+    runner: Literal["threads", "processes", "dask", "ray"]
+    workers: int | None = Field(ge=1)
+    address: str | None = Field(min_length=1)
+
+
 class Params(Section):
     """The six sections, named like the stages, and those of commands around them."""
 
@@ -160,6 +168,7 @@ class Params(Section):
     sweep: SweepParams | None = None
     promote: PromoteParams | None = None
     schedule: ScheduleParams | None = None
+    runtime: RuntimeParams | None = None
 
     @property
     def sections(self) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from poemerge.alone import command
-from poemerge.device import device_id, pick_device
+from poemerge.device import device_id, pick_device, split_devices
 from poemerge.errors import SettingError
 
 VARIABLE = "POEMERGE_QUEUE"
@@ -65,13 +65,14 @@ def turn(devices: Iterable[str]) -> Iterator[None]:
     """Wait for the devices, and hold them for the block.
 
     Args:
-        devices: auto, cpu or cuda[:i] each.
+        devices: auto, cpu or cuda[:i] each, or several of these (`cuda:0,cuda:1`).
 
     Raises:
         SettingError: there is no such device.
     """
     already = _held.get()
-    wanted = {device_id(pick_device(device)) for device in devices} - already
+    names = {name for device in devices for name in split_devices(device)}
+    wanted = {device_id(pick_device(name)) for name in names} - already
     with ExitStack() as stack:
         for device in sorted(wanted):  # one order for all, or two could wait for each other
             _wait(stack.enter_context(_ticket(device)))

@@ -96,7 +96,7 @@ def _merge(params: Params, places: Places, _: tuple[str, ...]) -> Iterator[Call]
 
 def merge_arguments(places: Places, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the merge task is given for a candidate, but for where to put it."""
-    merging = places.params.merge
+    merging, runtime = places.params.merge, places.params.runtime
     return {
         **_inputs(places),
         "method": method,
@@ -107,6 +107,7 @@ def merge_arguments(places: Places, method: str, settings: Mapping[str, Any]) ->
         "memory": in_bytes(merging.memory),
         "vocabulary": merging.vocabulary,
         "foreign": merging.foreign,
+        "runtime": runtime.model_dump() if runtime else {},
     }
 
 

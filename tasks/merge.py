@@ -24,6 +24,7 @@ def merge(
     memory: int | None,
     vocabulary: str,
     foreign: str,
+    runtime: dict[str, Any],
 ) -> bool:
     """Merge the experts into the folder `out`, unless it is up to date.
 
@@ -33,17 +34,19 @@ def merge(
         out: folder to make.
         method: name of a merge method.
         settings: of the method.
-        device: auto, cpu or cuda[:i].
+        device: auto, cpu or cuda[:i]; several of them for a runner with a worker for each.
         dtype: of the merged weights: source, float32, bfloat16 or float16.
         seed: of methods that draw at random.
         memory: budget in bytes, or None.
         vocabulary: of token rows that do not fit: refuse, pad or base.
         foreign: of an expert of another base: refuse or warn.
+        runtime: where its shards are made: what `open_runner` takes, by name.
 
     Returns:
         True if it was merged, False if it was up to date.
     """
     from poemerge.merge import merge_checkpoints  # noqa: PLC0415 - imports torch
+    from tasks.runners import open_runner  # noqa: PLC0415 - likewise
 
     folders = {name: Path(folder) for name, folder in experts.items()}
     choices: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed, "memory": memory}
@@ -58,6 +61,7 @@ def merge(
         overwrite=True,
         foreign=foreign,
         progress=progress(f"merge {Path(out).name}", "tensors"),
+        runner=open_runner(**runtime, device=device),
         **choices,
         **settings,
     )
@@ -71,6 +75,7 @@ def merge_key(
     method: str,
     settings: dict[str, Any],
     foreign: str,  # noqa: ARG001 - it decides whether, and no byte
+    runtime: dict[str, Any],  # noqa: ARG001 - it decides where, and no byte
     **choices: Any,
 ) -> str:
     """What decides the bytes of a merge: the same key, the same bytes.
@@ -81,6 +86,7 @@ def merge_key(
         method: as in `merge`.
         settings: as in `merge`.
         foreign: as in `merge`.
+        runtime: as in `merge`.
         **choices: device, dtype, seed, memory and vocabulary.
     """
     return _record(base, experts, method, settings, **choices).key

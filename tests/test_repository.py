@@ -25,6 +25,7 @@ SHARED = {
     "dvc_store",
     "library",
     "paired",
+    "runners",
     "progress",
     "promote",
     "provenance",

@@ -71,6 +71,15 @@ from flows.cli.options import (
 )
 @memory_option
 @overwrite_option
+@click.option(
+    "--runner",
+    default="threads",
+    show_default=True,
+    type=click.Choice(["threads", "processes", "dask", "ray"]),
+    help="Where its shards are made: in this process, or as jobs (docs/runners.md).",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="To start. [one for each device]")
+@click.option("--address", help="Of a Dask or Ray cluster that runs already.")
 def merge(
     base: str,
     experts: Sequence[str],
@@ -80,6 +89,9 @@ def merge(
     out: str,
     device: str,
     memory: float | None,
+    runner: str,
+    workers: int | None,
+    address: str | None,
     **choices: Any,
 ) -> None:
     """Merge experts into one model folder.
@@ -96,8 +108,10 @@ def merge(
     settings = parse_settings(overrides)
     folders = resolve(base, experts, wanted)
     from poemerge.merge import merge_checkpoints  # imports torch, while the inputs are hashed
+    from tasks.runners import open_runner
 
     choices |= {"device": device, "memory": in_bytes(memory)}
+    choices["runner"] = open_runner(runner, workers, address, device=device)
     with turn([device]), tensor_progress("merging") as progress:
         report = merge_checkpoints(
             folders.pop("base"), folders, out, method, progress=progress, **choices, **settings

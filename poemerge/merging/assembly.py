@@ -25,10 +25,12 @@ class Assembly:
     def __init__(self, folder: Path, plan: Plan, choices: Choices) -> None:
         self.folder, self.plan, self.choices = folder, plan, choices
         self.shards: dict[str, Shard] = {}
+        self.done = 0  # tensors
 
     def add(self, shard: Shard) -> None:
         """Take in a shard that is complete."""
         self.shards[shard.file] = shard
+        self.done += len(shard.tensors)
 
     @property
     def spilled(self) -> list[str]:

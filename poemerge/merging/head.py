@@ -73,6 +73,8 @@ class Head:
                 self._fill_here(mode, draws, journal)
             else:
                 self._fill_elsewhere(mode, journal, self.runner)
+                for shard in mode.shards.values():  # a worker of an earlier try may be late
+                    _check_arrival(mode.folder, shard)
             return self._finish(mode, draws, lineage.result(), journal)
 
     def _keep(self, mode: Assembly, journal: Journal) -> None:
@@ -90,7 +92,7 @@ class Head:
             mode.add(shard)
             journal.note(shard)
 
-        kept = len(mode.ledger.tensors)
+        kept = mode.done
         outputs = [self.walk.output(mode.folder, finished)]
         # Draws are written in turn: what waits would be memory for each of them.
         outputs += [self.walk.output(draw.folder, draw.add, waiting=0) for draw in draws]
@@ -102,7 +104,7 @@ class Head:
             _check_arrival(mode.folder, shard)
             mode.add(shard)
             journal.note(shard)
-            self._tell(len(mode.ledger.tensors))
+            self._tell(mode.done)
 
         todo = [job for job in jobs(self.plan) if job.file in self.walk.files]
         todo = [job for job in longest_first(todo, NOMINAL) if job.file not in mode.shards]

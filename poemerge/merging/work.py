@@ -1,7 +1,7 @@
 """One shard of a merge as a job that any process can do: names and paths in, a shard out."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -90,6 +90,9 @@ class ShardJob:
         """The same on another device of the same kind."""
         choices = replace(self.recipe.choices, device=torch.device(device))
         return replace(self, recipe=replace(self.recipe, choices=choices))
+
+
+Work = Callable[[ShardJob], Shard]
 
 
 def make_shard(job: ShardJob) -> Shard:

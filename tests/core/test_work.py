@@ -130,6 +130,16 @@ def test_a_shard_that_does_not_arrive_as_it_was_made_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_worker_of_an_earlier_merge_that_is_late_is_noticed(zoo: Zoo, tmp_path: Path) -> None:
+    def runner(jobs: Sequence[ShardJob], done: Done) -> None:
+        backwards(jobs, done)
+        other = replace(jobs[0], recipe=replace(jobs[0].recipe, settings={"epsilon": 0.5}))
+        make_shard(other)
+
+    with pytest.raises(MachineError, match="not as a worker has made it"):
+        merge(zoo, tmp_path / "out", runner)
+
+
 def test_a_worker_that_would_make_other_bytes_says_so(zoo: Zoo, tmp_path: Path) -> None:
     found: list[ShardJob] = []
 

@@ -110,3 +110,12 @@ def test_overrides_move_only_what_they_change(file: Path) -> None:
     fetched = Places(load(file, ["fetch.dtype=float16"]), plain)
     assert fetched.merge("ties").is_relative_to(".poemerge/runs")
     assert Places(plain, plain).register == Path("artifacts/register")
+
+
+def test_where_shards_are_made_decides_no_stage(file: Path) -> None:
+    elsewhere = load(file, ["runtime={runner: dask, workers: null, address: 'tcp://host:8786'}"])
+    assert elsewhere.runtime is not None
+    assert elsewhere.sections == load(file).sections
+    assert Places(elsewhere, load(file)).is_plain
+    with pytest.raises(SettingError, match=r"runtime\.runner"):
+        load(file, ["runtime={runner: spark, workers: null, address: null}"])

@@ -11,7 +11,7 @@ from tasks.merge import merge
 from tests.zoo import Zoo
 
 HOW = {"settings": {}, "device": "cpu", "dtype": "source", "seed": 0, "memory": None}
-HOW |= {"vocabulary": "refuse", "foreign": "refuse"}
+HOW |= {"vocabulary": "refuse", "foreign": "refuse", "runtime": {}}
 
 
 def merge_two(zoo: Zoo, out: Path) -> int:
