@@ -1,7 +1,7 @@
 """Names that do not collide, and that lead nowhere else."""
 
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
 
 from poemerge.errors import SourceError
@@ -13,6 +13,12 @@ def unused_name(name: str, taken: Container[str]) -> str:
     while fresh in taken:
         fresh, count = f"{name}-{count}", count + 1
     return fresh
+
+
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(map(str, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def stays_inside(name: str) -> bool:

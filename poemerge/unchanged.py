@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from poemerge.errors import SourceError
+from poemerge.names import listed
 from poemerge.remote import stand_ins
 from poemerge.remote.places import Entry, Place
 
@@ -40,9 +41,8 @@ def _check(before: dict[Path, dict[Path, Stamp]], cause: Exception | None = None
         now = _stamps(folder)
         other = sorted(path for path in stamps if now.get(path) != stamps[path])
         if other:
-            more = f" and {len(other) - 1} more" if len(other) > 1 else ""
             message = (
-                f"{other[0]}{more} was changed or removed while it was read; run again once "
+                f"{listed(other, 1)} was changed or removed while it was read; run again once "
                 f"{folder} stays as it is."
             )
             raise SourceError(message) from cause

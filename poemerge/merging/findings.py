@@ -14,6 +14,7 @@ from poemerge.device import STORED
 from poemerge.errors import CheckpointError
 from poemerge.merging.glance import Impression
 from poemerge.merging.terms import Terms
+from poemerge.names import listed
 from poemerge.token_rows import REFUSE
 
 GAP = 100.0  # between an expert's norm and the median of the others'; trained ones are within 10
@@ -70,13 +71,13 @@ def _foreign(seen: Impression, terms: Terms) -> Iterator[str]:
         return
     if seen.shuffled and terms.foreign == REFUSE:
         raise CheckpointError(
-            f"{where} has the base's rows of {_list(seen.shuffled)} in another order, of which no "
+            f"{where} has the base's rows of {listed(seen.shuffled)} in another order, of which no "
             "tokenizer tells; put its tokenizer into its folder and choose vocabulary pad, or "
             "choose foreign warn to go on."
         )
     if seen.apart:
         yield (
-            f"{where} has nothing of the base left in {_list(seen.apart)}; such weights were "
+            f"{where} has nothing of the base left in {listed(seen.apart)}; such weights were "
             "trained anew or are in another order, and are no task vector."
         )
 
@@ -96,7 +97,7 @@ def _integers(seen: Impression) -> Iterator[str]:
     if seen.integers:
         yield (
             f"Expert {seen.expert.name!r} has other integers than the base in "
-            f"{_list(seen.integers)}; these are never merged, and the base's are kept."
+            f"{listed(seen.integers)}; these are never merged, and the base's are kept."
         )
 
 
@@ -139,7 +140,7 @@ def _dtypes(base: Checkpoint, seen: Sequence[Impression], terms: Terms) -> Itera
             differing[_names(one.dtypes)].append(repr(one.expert.name))
     for dtypes, experts in differing.items():
         yield (
-            f"The base is stored as {_names(ours)} and {_list(experts)} as {dtypes}; the merge is "
+            f"The base is stored as {_names(ours)} and {listed(experts)} as {dtypes}; the merge is "
             f"written as {_names(stored)}."
         )
     for one in seen:
@@ -165,8 +166,3 @@ def _precision(one: Impression, stored: set[torch.dtype]) -> Iterator[str]:
 
 def _names(dtypes: Any) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

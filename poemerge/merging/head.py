@@ -21,6 +21,7 @@ from poemerge.merging.rates import NOMINAL
 from poemerge.merging.shards import Shard
 from poemerge.merging.walk import Walk
 from poemerge.merging.work import Recipe, ShardJob
+from poemerge.names import listed
 from poemerge.progress import Progress
 from poemerge.remote.delivery import receive
 from poemerge.report import MergeReport
@@ -164,16 +165,11 @@ def _check_arrival(folder: Path, shard: Shard) -> None:
 def _streamed(names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    text = f"The experts of {_some(names)} do not fit in memory together and came one by one"
+    text = f"The experts of {listed(names, 1)} do not fit in memory together and came one by one"
     return [f"{text}, twice for each step."]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
 
 
 def _spilled(names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    return [f"{_some(names)} did not fit on the GPU and were solved on the CPU."]
+    return [f"{listed(names, 1)} did not fit on the GPU and were solved on the CPU."]

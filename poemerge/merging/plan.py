@@ -3,7 +3,7 @@
 `poemerge check` prints it, `merge.py` executes it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -26,6 +26,7 @@ from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes, stream
 from poemerge.merging.terms import STRICT, Terms
 from poemerge.method import Method
 from poemerge.methods import find
+from poemerge.names import listed
 from poemerge.poe.settings import HeavySettings
 from poemerge.remote.stand_ins import at_hand
 from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, is_vocabulary, rule_for
@@ -233,7 +234,7 @@ class _Planner:
                 "names are the base's."
             )
         rest = [t.name for g in groups if g.rule == AVERAGE for t in g.tensors]
-        notes += [f"No curvature is given for {_list(rest)}; averaged."] if rest else []
+        notes += [f"No curvature is given for {listed(rest)}; averaged."] if rest else []
         return tuple(notes)
 
 
@@ -258,10 +259,12 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
             if index not in g.voters and (expert.tokens.kept or not is_vocabulary(t, base))
         ]
         if missing:
-            notes.append(f"Expert {expert.name!r} lacks {_list(missing)}; the others decide there.")
+            notes.append(
+                f"Expert {expert.name!r} lacks {listed(missing)}; the others decide there."
+            )
         if expert.extra:
             notes.append(
-                f"Expert {expert.name!r} has {_list(expert.extra)}, which the base lacks or ties; "
+                f"Expert {expert.name!r} has {listed(expert.extra)}, which the base lacks or ties; "
                 "left out."
             )
     if not any(group.voters for group in groups):
@@ -276,8 +279,3 @@ def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -
             "runs any, and whoever loads the merge with it must trust that code."
         )
     return tuple(notes)
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from poemerge.names import listed
+
 SUFFIX = ".safetensors"
 SHOWN = 5  # tensors that are named
 OTHER = "has other bytes"
@@ -24,8 +26,7 @@ def difference(old: Path, new: Path) -> str:
         moved = list(_moved(before, after))
     if not moved:
         return "has the same tensors, in other bytes"
-    more = f" and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""
-    return f"differs in {', '.join(moved[:SHOWN])}{more}"
+    return f"differs in {listed(moved, SHOWN)}"
 
 
 def _moved(before: Any, after: Any) -> Iterator[str]:

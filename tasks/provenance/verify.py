@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from poemerge.lineage import RECORD, digest, forget_hashes, sha256
+from poemerge.names import listed
 from tasks.provenance.model import Model, opened
 from tasks.provenance.search import Check, Reach, Search, State, compare
 from tasks.provenance.shelves import Shelves
@@ -78,5 +79,5 @@ def _sentence(check: Check, state: State) -> str:
     files = check.having(state)
     if not files:
         return ""
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"{files[0]}{more} of {check.where or check.address} {'are' if more else 'is'} {state}."
+    verb = "are" if len(files) > 1 else "is"
+    return f"{listed(files, 1)} of {check.where or check.address} {verb} {state}."
