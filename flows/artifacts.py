@@ -5,6 +5,7 @@ All of it is for people. A server that takes none of it stops no merge.
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,9 +81,14 @@ class Steps:
         self._known: dict[str, UUID] = {}
         self._next: dict[str, float] = {}  # when to update again, on the clock of time.monotonic
         self._is_away = False
+        self._lock = threading.Lock()  # steps may go side by side
 
     def __call__(self, step: str, unit: str, done: int, total: int) -> None:
         """Pass on how far the step is, now and then and at its end."""
+        with self._lock:
+            self._pass_on(step, unit, done, total)
+
+    def _pass_on(self, step: str, unit: str, done: int, total: int) -> None:
         if self._is_away or (done < total and time.monotonic() < self._next.get(step, 0.0)):
             return
         self._is_away = True  # unless the server takes this one: nobody waits for it twice

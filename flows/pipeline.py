@@ -20,7 +20,7 @@ from flows.promote import after_run
 from flows.queue import turn
 from flows.selection import find_places
 from flows.sharing import share
-from flows.steps import STAGES, Step, steps
+from flows.steps import STAGES, Step, run_all, steps
 from poemerge.alone import alone
 from poemerge.redaction import guard_logs
 from tasks.dvc_store.remote import check_remote
@@ -124,7 +124,7 @@ def run_stage(stage: str, todo: list[Step]) -> list[Step]:
         wait(futures)
         made = [future.result() for future in futures]
     else:
-        made = [_run_step(step) for step in todo]
+        made = run_all(todo, _run_step)
     done = [step for step, new in zip(todo, made, strict=True) if new]
     if len(done) < len(todo):
         logger.info("%s: %d of %d were up to date", stage, len(todo) - len(done), len(todo))

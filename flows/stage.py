@@ -7,7 +7,7 @@ from flows.cli import calm_down
 from flows.places import ARTIFACTS, PLAIN, Places
 from flows.queue import turn
 from flows.selection import find_places
-from flows.steps import STAGES, steps
+from flows.steps import STAGES, run_all, steps
 from poemerge.alone import alone
 from poemerge.errors import PoemergeError, SourceError
 
@@ -32,9 +32,7 @@ def main(arguments: list[str]) -> int:
 def _run(stage: str, labels: list[str], places: Places) -> None:
     if stage != STAGES[0]:
         _check_fetched(places)
-    for step in steps(stage, places):
-        if not labels or step.label in labels:
-            step.run()
+    run_all([step for step in steps(stage, places) if not labels or step.label in labels])
 
 
 def _check_fetched(places: Places) -> None:

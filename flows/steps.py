@@ -1,8 +1,9 @@
 """The steps of each stage: which task, with which arguments, into which folder."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flows.overrides import in_bytes
 from flows.places import Places
 from flows.sections import Params
 from tasks.evaluate import evaluate
+from tasks.evaluate.spread import spread
 from tasks.fetch import fetch
 from tasks.merge import merge
 from tasks.register import register
@@ -65,6 +67,22 @@ def steps(stage: str, places: Places, overrides: tuple[str, ...] = ()) -> Iterat
             shutil.rmtree(folder)
     for label, task, arguments in _BUILD[stage](places.params, places, overrides):
         yield Step(stage, label, task, arguments, places.log(stage, label))
+
+
+def run_all(todo: Sequence[Step], run: Callable[[Step], bool] = Step.run) -> list[bool]:
+    """Run steps of one stage in order, candidates on all devices of `evaluate.device` at once.
+
+    Args:
+        todo: the steps.
+        run: how to run one.
+
+    Returns:
+        For each step, whether there was something to do.
+    """
+    calls = [partial(run, step) for step in todo]
+    if todo and todo[0].stage == "evaluate":
+        return spread(calls, todo[0].arguments["device"])
+    return [call() for call in calls]
 
 
 Call = tuple[str, Task[Any, bool], dict[str, Any]]

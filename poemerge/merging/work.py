@@ -86,6 +86,9 @@ class ShardJob:
         place, maker = url_of(folder) or folder.absolute(), _maker(recipe.choices.device)
         return [cls(there, place, file, threads, maker) for file in files]
 
+    def __str__(self) -> str:
+        return self.file
+
     def on(self, device: str) -> Self:
         """The same on another device of the same kind."""
         choices = replace(self.recipe.choices, device=torch.device(device))

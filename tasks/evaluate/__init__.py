@@ -12,7 +12,9 @@ from prefect import task
 from poemerge.atomic import write_json
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, Source, package_versions, produce, sha256
+from tasks.evaluate.spread import scored_by
 from tasks.evaluate.task_files import TaskFiles, find_tasks
+from tasks.evaluate.work import ScoreJob, Scores
 
 STAGE = "evaluate"
 FORMAT = "poemerge/evaluation/1"  # raise it when the files of this stage change their meaning
@@ -22,8 +24,6 @@ MODEL_FILES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
 REPORTS = frozenset({"lineage.json", "merge_report.json"})
 TASK = "task:"  # marks tasks among the inputs, where an expert may have the same name
 TOOLS = ("lm_eval", "transformers", "tokenizers", "datasets")
-
-Cells = dict[str, dict[str, Any]]  # task → split → what is said of it
 
 
 @task
@@ -66,7 +66,8 @@ def evaluate(
         limit: items per task and split, from the first; None for all.
         batch_size: items per forward pass.
         dtype: in which the model computes: float32, bfloat16 or float16.
-        device: `auto`, `cpu` or `cuda[:i]`.
+        device: `auto`, `cpu` or `cuda[:i]`; of several, the first, or any of them inside of
+            `spread`.
         seed: for few-shot examples and for generation that samples.
         validation: split of the data on which merges are chosen; must not be the test split.
 
@@ -79,30 +80,38 @@ def evaluate(
         SourceError: the data of a built-in task cannot be loaded, or a folder is missing.
         CheckpointError: the weights do not fill the base's model, or a tokenizer is missing.
     """
-    from poemerge.device import describe_device, pick_device  # noqa: PLC0415  torch: 1 s
+    import torch  # noqa: PLC0415 - 1 s
+
+    from poemerge.device import describe_device, pick_device  # noqa: PLC0415 - likewise
 
     base, out = Path(base), Path(out)
     weights = None if weights is None else Path(weights)
     how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
-    how |= {"dtype": dtype, "device": device, "validation": validation}
+    how |= {"dtype": dtype, "device": _first(device), "validation": validation}
     found = find_tasks(tasks, Path(include), trust)
     models = {"base": base} if weights is None else {"base": base, "candidate": weights}
     record = replace(
         _record(models, found, candidate=candidate, kind=kind, splits=list(splits), **how),
-        device=describe_device(pick_device(device)),
+        device=describe_device(pick_device(how["device"])),
         packages=dict(package_versions()) | {tool: metadata.version(tool) for tool in TOOLS},
     )
-    old_results, old_items = _kept(out, record)
+    old = _kept(out, record)
 
     def work(folder: Path) -> None:
-        from tasks.evaluate.harness import Harness  # noqa: PLC0415  lm-eval: 5 s
-
-        harness = Harness(base, record.inputs[0].digest, **how)
-        missing = [task for task in found if task.name not in old_results]
-        content = record.inputs[len(models) - 1].digest
-        new = harness.score(candidate, kind, weights, missing, splits, content=content)
-        results = old_results | {t: {s: of[s].summary() for s in of} for t, of in new.items()}
-        items = old_items | {t: {s: of[s].items() for s in of} for t, of in new.items()}
+        job = ScoreJob(
+            candidate=candidate,
+            kind=kind,
+            weights=weights,
+            content=record.inputs[len(models) - 1].digest,
+            base=base,
+            digest=record.inputs[0].digest,
+            tasks=tuple(task for task in found if task.name not in old.results),
+            splits=tuple(splits),
+            how=how,
+            threads=torch.get_num_threads(),
+        )
+        new = scored_by.get()(job)
+        results, items = old.results | new.results, old.items | new.items
         head = {"candidate": candidate, "kind": kind}
         write_json(folder / RESULTS, head | {"scores": {name: results[name] for name in tasks}})
         write_json(folder / ITEMS, {name: items[name] for name in tasks})
@@ -130,6 +139,7 @@ def scoring_key(
         **how: the other settings of `evaluate`.
     """
     found = find_tasks(tasks, Path(include), trust)
+    how["device"] = _first(how["device"])
     return _record({"base": base}, found, splits=list(splits), **how).key
 
 
@@ -138,6 +148,13 @@ def task_digests(
 ) -> dict[str, str]:
     """Task → digest of all files that decide its items; of built-in ones lm-eval's version does."""
     return {task.name: _task(task).digest for task in find_tasks(tasks, Path(include), trust)}
+
+
+def _first(device: str) -> str:
+    """The device that is recorded: however many there are, one gives the same scores."""
+    from poemerge.device import split_devices  # noqa: PLC0415 - torch: 1 s
+
+    return split_devices(device)[0]
 
 
 def _record(models: Mapping[str, Path], tasks: Sequence[TaskFiles], **params: Any) -> Lineage:
@@ -158,16 +175,16 @@ def _task(task: TaskFiles) -> Source:
     return Source(TASK + task.name, {file.name: file.sha256 for file in task.files})
 
 
-def _kept(out: Path, record: Lineage) -> tuple[Cells, Cells]:
+def _kept(out: Path, record: Lineage) -> Scores:
     """Results and items in `out` that still hold, though others there may not."""
     old = Lineage.find(out)
     if old is None or not old.is_current(out) or _apart(old).key != _apart(record).key:
-        return {}, {}
+        return Scores({}, {})
     then, now = ({source.name: source.digest for source in r.inputs} for r in (old, record))
     same = [n.removeprefix(TASK) for n in now if n.startswith(TASK) and then.get(n) == now[n]]
     results = json.loads((out / RESULTS).read_text(encoding="utf-8"))["scores"]
     items: Mapping[str, Any] = json.loads((out / ITEMS).read_text(encoding="utf-8"))
-    return {task: results[task] for task in same}, {task: items[task] for task in same}
+    return Scores({task: results[task] for task in same}, {task: items[task] for task in same})
 
 
 def _apart(record: Lineage) -> Lineage:

@@ -18,8 +18,14 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowFilter,
+    FlowFilterName,
+)
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -32,10 +38,15 @@ from flows import artifacts
 from flows.console import console
 from flows.limits import OvertimeError
 from flows.outcome_table import show_outcome
-from flows.pipeline import pipeline
+from flows.pipeline import pipeline, run_stage
+from flows.selection import find_places
+from flows.steps import steps
 from poemerge.errors import CheckpointError, PoemergeError
 from poemerge.lineage import Lineage, hash_files
+from tasks.evaluate.work import ScoreJob
+from tasks.progress import watched_by
 from tasks.register.leaderboard import Leaderboard
+from tasks.runners.worker import Worker
 from tasks.versions import is_own
 from tests.flows.conftest import TASKS, enter_copy, keep_two_candidates, make_project
 
@@ -186,6 +197,53 @@ def test_a_server_that_is_away_stops_nothing(
     said = [record.message for record in caplog.records if record.name == "flows.artifacts"]
     assert len(said) == 2
     assert all("Connection refused" in line for line in said)
+
+
+def test_candidates_are_spread_over_devices(
+    done: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files, records, task runs, progress and log are those of one process, whoever dies."""
+    places = find_places(Path("params.yaml"), ["evaluate.device=cpu,cpu:0"])
+    caplog.set_level("INFO", "tasks")
+    begun: list[tuple[str, str]] = []
+    real = Worker.begin
+
+    def begin(self: Worker, job: ScoreJob) -> None:
+        real(self, job)
+        begun.append((self.device, str(job)))
+        if len(begun) == 1:
+            self._process.kill()
+
+    monkeypatch.setattr(Worker, "begin", begin)
+
+    @flow(name="spread")
+    def spread() -> list[str]:
+        return [step.name for step in run_stage("evaluate", list(steps("evaluate", places)))]
+
+    news = shown("evaluate-ties")
+    names = [f"evaluate {name}" for name in ("base", *TASKS, *METHODS)]
+    with watched_by(artifacts.Steps()):
+        assert spread() == names
+    assert contents(places.own / "evaluate") == contents(Path("artifacts/evaluate"))
+    lines = [record.message for record in caplog.records]
+    assert sum(line.startswith("ties on blue, test: ") for line in lines) == 1
+    assert f"a worker died at {begun[0][1]}; another one is at it" in lines
+    assert {device for device, _ in begun} == {"cpu", "cpu:0"}
+    assert sorted(name for _, name in begun) == sorted([*names, begun[0][1]])
+    assert shown("evaluate-ties").count(100) == news.count(100) + 1
+    with get_client(sync_client=True) as client:
+        by_name = FlowFilter(name=FlowFilterName(any_=["spread"]))
+        runs = client.read_task_runs(flow_filter=by_name)
+    assert sorted(run.name for run in runs) == sorted(names)
+    assert {run.state_name for run in runs} == {"Completed"}
+    assert spread() == []
+    assert len(begun) == len(names) + 1
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
 from poemerge.lineage import Lineage
 from poemerge.merge import expert_weights, merge_checkpoints
-from tasks.evaluate import evaluate, lm_tasks
+from tasks.evaluate import evaluate, lm_tasks, scoring_key
 from tasks.evaluate.scorer import load_scorer, put_weights
+from tasks.evaluate.spread import spread
 from tasks.progress import watched_by
 from tests.zoo import Zoo, adapt, load, save, tokenizer
 
@@ -255,6 +257,31 @@ def test_candidates_in_parallel_wait_for_the_one_model(score: Run, zoo: Zoo) -> 
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(score, f, out=f"at-once-{i}") for i, f in enumerate(folders)]
     assert [run.result()[2] for run in runs] == apart
+
+
+def test_a_worker_refuses_in_the_words_of_one_process(score: Run, zoo: Zoo, tmp_path: Path) -> None:
+    save(load(zoo.base()), tmp_path / "bare")
+    scoring = partial(score, base=tmp_path / "bare")
+    with pytest.raises(CheckpointError) as alone:
+        scoring()
+    with pytest.raises(CheckpointError) as sent:
+        spread([scoring], "cpu,cpu:0")
+    assert str(sent.value) == str(alone.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_devices_decide_nothing(score: Run, zoo: Zoo, include: Path) -> None:
+    assert score()[0]
+    assert not score(device="cpu,cpu:0")[0]
+    how = {
+        "tasks": ["letters"],
+        "splits": ["test"],
+        "include": str(include),
+        "trust": [str(include)],
+    }
+    how |= SETTINGS
+    one, many = (scoring_key(zoo.base(), **how | {"device": d}) for d in ("cpu", "cpu,cpu:0"))
+    assert one == many
 
 
 def test_nothing_but_the_log_is_written(score: Run, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,14 @@
 """The same merge by every runner, with workers that die; none of it shows in the bytes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from poemerge.layout import INDEX
 from poemerge.lineage import RECORD, hash_files
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.head import Runner
-from poemerge.merging.work import ShardJob
+from poemerge.merging.work import ShardJob, make_shard
 from tasks.merge import merge as task
 from tasks.runners import open_runner
-from tasks.runners.processes import Processes, Worker, devices_of
+from tasks.runners.pool import Pool
+from tasks.runners.processes import Processes, devices_of
+from tasks.runners.worker import Worker
 
 SHARDS, SIDE = 4, 512
 PYTHON = (sys.executable, "-m")
@@ -172,6 +175,33 @@ class TestProcesses:
         assert "\n" not in str(sent.value)
         assert begun
         assert len(begun) == len(set(begun))
+
+
+def test_an_error_in_one_call_ends_the_workers_of_the_others(models: Path, tmp_path: Path) -> None:
+    """As Ctrl-C does: nobody waits for what is under way."""
+    stopped: list[str] = []
+
+    def run(jobs: Sequence[ShardJob], _: object) -> None:
+        def make() -> None:
+            try:
+                pool.do(jobs[0])
+            except MachineError as error:
+                stopped.append(str(error))
+
+        def fail() -> None:
+            while not multiprocessing.active_children():
+                time.sleep(0.01)
+            raise ZeroDivisionError
+
+        with Pool(("cpu", "cpu:0"), make_shard) as pool:
+            pool.run((make, fail))
+
+    with pytest.raises(ZeroDivisionError):
+        merge(models, tmp_path / "out", run)
+    assert stopped == [
+        "The worker at model-00001-of-00004.safetensors was stopped; run again to go on."
+    ]
+    assert multiprocessing.active_children() == []
 
 
 def _with_a_hole(folder: Path) -> Path:
