@@ -168,6 +168,7 @@ def _serve(pipe: Connection, device: str, work: Callable[[Any], Any]) -> None:
     line = _Line(pipe)
     logging.root.handlers = [QueueHandler(line)]  # type: ignore[arg-type]
     logging.root.setLevel(logging.INFO)  # the head leaves out what it does not show
+    logging.raiseExceptions = False  # a line that a dead head does not take
     with suppress(EOFError, BrokenPipeError), watched_by(line.tell):
         while True:
             line.put_nowait(_answer(pipe.recv().on(device), work))
