@@ -17,10 +17,10 @@ from flows.limits import at_most
 from flows.params import read
 from flows.places import ARTIFACTS, Places
 from flows.promote import after_run
-from flows.queue import turn
 from flows.selection import find_places
 from flows.sharing import share
 from flows.steps import STAGES, Step, run_all, steps
+from flows.turns import turn
 from poemerge.alone import alone
 from poemerge.redaction import guard_logs
 from tasks.dvc_store.remote import check_remote

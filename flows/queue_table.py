@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from flows.console import board_table, console
-from flows.queue import devices, tickets
+from flows.turns import devices, tickets
 
 
 def show_queue() -> None:

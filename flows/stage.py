@@ -5,9 +5,9 @@ import sys
 
 from flows.cli import calm_down
 from flows.places import ARTIFACTS, PLAIN, Places
-from flows.queue import turn
 from flows.selection import find_places
 from flows.steps import STAGES, run_all, steps
+from flows.turns import turn
 from poemerge.alone import alone
 from poemerge.errors import PoemergeError, SourceError
 

@@ -15,10 +15,10 @@ from flows.candidates import Bench, Candidate, MergeError
 from flows.meter import Pace
 from flows.pipeline import run_stage
 from flows.places import ARTIFACTS, Places
-from flows.queue import turn
 from flows.sections import Params, SweepParams
 from flows.selection import find_places
 from flows.steps import steps
+from flows.turns import turn
 from poemerge.alone import alone
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError

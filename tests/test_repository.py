@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -47,6 +48,12 @@ def test_one_word_per_stage() -> None:
     assert tuple(_keys("params.yaml")) == (*STAGES, *AROUND)
     assert tuple(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]) == STAGES
     assert tuple(f.alias or n for n, f in Params.model_fields.items()) == (*STAGES, *AROUND)
+
+
+def test_no_module_beside_a_flow_hides_one_of_python() -> None:
+    """Prefect puts a flow's folder first on the path, and a spawned process takes the path over."""
+    beside = {path.stem for path in (ROOT / "flows").iterdir()}
+    assert not beside & sys.stdlib_module_names - {"__init__"}
 
 
 def test_the_readme_tree_is_the_real_tree() -> None:

@@ -102,7 +102,7 @@ def merge(
     """
     from flows.console import show_report, start_logging, tensor_progress
     from flows.overrides import in_bytes, parse_settings
-    from flows.queue import turn
+    from flows.turns import turn
 
     start_logging()
     settings = parse_settings(overrides)
@@ -161,7 +161,7 @@ def extract(base: str, expert: str, rank: int, out: Path, **choices: Any) -> Non
     are dropped with a warning, since plain LoRA cannot hold them.
     """
     from flows.console import show_extraction, start_logging, tensor_progress
-    from flows.queue import turn
+    from flows.turns import turn
     from poemerge.extract import extract_adapter
 
     start_logging()

@@ -157,7 +157,7 @@ def report(
     page has rules, norms and certificates; residuals and uncertainty need its base and experts.
     """
     from flows.console import start_logging
-    from flows.queue import turn
+    from flows.turns import turn
     from tasks.report import PAGE, write_report
     from tasks.report.sources import Sources
 

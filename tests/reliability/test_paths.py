@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from flows.cli import main
 from flows.params import load
-from flows.queue import turn
 from flows.selection import select
+from flows.turns import turn
 from poemerge.atomic import new_folder, write_json, write_text
 from poemerge.errors import PoemergeError
 from poemerge.lineage import Lineage, Source

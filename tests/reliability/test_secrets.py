@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from flows.cli import main
-from flows.queue import Ticket
+from flows.turns import Ticket
 from poemerge.errors import PoemergeError, SourceError
 from poemerge.redaction import guard_logs, redact
 from tasks.fetch import fetch

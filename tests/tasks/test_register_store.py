@@ -122,7 +122,7 @@ def test_a_pull_tells_how_many_bytes_have_come(project: Path) -> None:
     counts = [done for _, _, done, _ in told]
     assert counts == sorted(counts)
     assert counts[-1] == 7
-    assert 0 < counts[0] < 7
+    assert any(0 < count < 7 for count in counts)
 
 
 def test_a_reference_has_what_lies_beside_and_is_pushed_whole(project: Path) -> None:

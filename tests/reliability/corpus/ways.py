@@ -19,7 +19,7 @@ LLAMA = (
     *("transformers.models.llama.modeling_llama", "transformers.modeling_gguf_pytorch_utils"),
     *("transformers.integrations.gguf", "transformers.tokenization_utils_tokenizers", "accelerate"),
 )
-COMMANDS = (*CORE, "flows.cli", "flows.console", "flows.overrides", "flows.queue", "click.testing")
+COMMANDS = (*CORE, "flows.cli", "flows.console", "flows.overrides", "flows.turns", "click.testing")
 RECORDS = (
     *(*COMMANDS, *FETCH, "flows.provenance", "flows.lineage_tree", "tasks.dvc_store", "dvc.repo"),
     *(f"mlflow.store.{name}.sqlalchemy_store" for name in ("tracking", "model_registry")),

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from flows import stage
 from flows.cli import main
 from flows.places import ARTIFACTS
-from flows.queue import tickets, turn
+from flows.turns import tickets, turn
 from poemerge.alone import alone
 
 HOLDER = """
 import logging, sys
-from flows.queue import turn
+from flows.turns import turn
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 with turn(["cpu"]):
     print("held", flush=True)
