@@ -206,8 +206,8 @@ def marked_run(
 ) -> Any:
     """The run that carries a mark, made where there is none: so a second try goes on with it.
 
-    Of several the oldest counts. Two who make one at once may leave two; one whose request was
-    sent again, since the answer to the first was lost, deletes what he made too much.
+    Of several the oldest counts. Two who make one at once may leave two; what a request made too
+    much that was sent again, since the answer to the first was lost, is deleted.
 
     Args:
         client: of MLflow.
@@ -222,13 +222,14 @@ def marked_run(
         found = client.search_runs([place], f"tags.`{key}` = '{value}'")
         return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
-    if found := known():
-        return found[0]
     own = uuid4().hex
-    client.create_run(place, run_name=name, tags={**tags, key: value, ATTEMPT: own})
-    first, *others = known()
+    if not (found := known()):
+        client.create_run(place, run_name=name, tags={**tags, key: value, ATTEMPT: own})
+        found = known()
+    first, *others = found
+    attempts = {own, first.data.tags.get(ATTEMPT, own)}  # an earlier one may have had no answer
     for run in others:
-        if run.data.tags.get(ATTEMPT) == own:
+        if run.data.tags.get(ATTEMPT) in attempts:
             client.delete_run(run.info.run_id)
     return first
 
