@@ -16,7 +16,7 @@ full: .venv/base ## the same on all items
 	$(BIN)/poemerge run --set evaluate.limit=null
 
 test: lint ## lint, types, import contracts, all tests
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lowest: ## all tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
@@ -24,7 +24,7 @@ lowest: ## all tests with the oldest versions that pyproject.toml allows, in an 
 	.venv-lowest/bin/pytest --numprocesses 2 --dist loadfile -W default # old releases warn of what is to come
 
 reliability: .venv/done ## crashes, faults, bad input, as often as docs/reliability.md says; hours
-	$(BIN)/pytest tests/reliability tests/flows/test_pipeline.py --full
+	$(BIN)/pytest tests/reliability --full
 
 lint: .venv/done
 	$(BIN)/ruff check .

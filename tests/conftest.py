@@ -74,13 +74,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def long(request: pytest.FixtureRequest) -> None:
-    """For what takes minutes: tried with `--full` alone."""
-    if not request.config.getoption("--full"):
-        pytest.skip("with --full")
-
-
-@pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> "Zoo":
     """The maker of tiny models."""
     from tests.zoo import Zoo  # imports transformers, which not every test needs

@@ -258,7 +258,6 @@ def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
     assert "Data and pipelines are up to date" in dvc("repro")
 
 
-@pytest.mark.usefixtures("long")  # test_versioning has it in short
 def test_repro_alone_writes_the_same_lock(done: Path) -> None:
     lock = (done / "dvc.lock").read_bytes()
     shutil.rmtree(done / "artifacts")

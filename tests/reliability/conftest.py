@@ -29,6 +29,13 @@ def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
 
 
 @pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> None:
+    """For what takes minutes: tried with `--full` alone."""
+    if not request.config.getoption("--full"):
+        pytest.skip("with --full")
+
+
+@pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Prefect server."""
     with prefect_server(tmp_path_factory.mktemp("prefect")) as url:

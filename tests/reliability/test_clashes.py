@@ -28,7 +28,6 @@ from tests.reliability.trials import Trials
 RUN = ("run",)
 
 
-@pytest.mark.usefixtures("long")
 def test_one_output(trials: Trials, arena: Arena, fresh: Path, tmp_path: Path) -> None:
     """Two merges into one folder at once: the second waits, and is then told that it exists"""
     sources = ["--base", "data/base", "--expert", "data/experts/red"]
@@ -48,7 +47,6 @@ def test_one_output(trials: Trials, arena: Arena, fresh: Path, tmp_path: Path) -
             assert verify(str(out)).problems == ()
 
 
-@pytest.mark.usefixtures("long")
 def test_one_project(
     trials: Trials, arena: Arena, fresh: Path, finished: Path, tmp_path: Path
 ) -> None:

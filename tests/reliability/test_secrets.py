@@ -303,7 +303,6 @@ def _listening(pid: int) -> Iterator[str]:
         return
 
 
-@pytest.mark.usefixtures("long")
 def test_a_run(trials: Trials, ran: Ran) -> None:
     """Secrets of a run that fails late, at once, or without MLflow are in no file and no output"""
     files = [path for path in ran.folder.rglob("*") if path.is_file()]
@@ -320,7 +319,6 @@ def test_a_run(trials: Trials, ran: Ran) -> None:
             assert not [path for path, content in contents if value.encode() in content]
 
 
-@pytest.mark.usefixtures("long")
 def test_servers(trials: Trials, ran: Ran) -> None:
     """Every server that a run brings listens on loopback alone"""
     assert ran.listening
@@ -329,7 +327,6 @@ def test_servers(trials: Trials, ran: Ran) -> None:
             assert sorted(ran.listening)[number] in {"127.0.0.1", "::1"}
 
 
-@pytest.mark.usefixtures("long")
 def test_results_of_prefect(trials: Trials, ran: Ran) -> None:
     """Prefect stores of a run how it failed, in JSON, and reads nothing that lies there"""
     assert ran.kept  # of the run that failed late
