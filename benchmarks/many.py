@@ -4,11 +4,10 @@ python -m benchmarks.many
 python -m benchmarks.many --only tensors
 """
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from benchmarks.parts import run_parts
 from benchmarks.tables import table
 from tests.reliability.many import HUGE, adapters, full_experts, mixture, sparse
 from tests.reliability.work import CLI, Usage, Work, child
@@ -63,21 +62,5 @@ def _cells(used: Usage) -> Iterable[str]:
     return f"{used.seconds:.1f}", f"{used.peak / 1e6:.0f}"
 
 
-PARTS: dict[str, Callable[[Path], None]] = {
-    part.__name__: part for part in (experts, tensors, gigabytes)
-}
-
-
-def main() -> None:
-    """Measure all parts, or one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=PARTS, help="one part")
-    only = parser.parse_args().only
-    for name, part in PARTS.items():
-        if only in {None, name}:
-            with TemporaryDirectory() as folder:
-                part(Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, experts, tensors, gigabytes)

@@ -4,15 +4,14 @@ python -m benchmarks.runners
 python -m benchmarks.runners --only overhead
 """
 
-import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.parts import run_parts
 from benchmarks.tables import table
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
@@ -137,21 +136,5 @@ def _model(folder: Path, seed: int) -> Path:
     return folder
 
 
-PARTS: dict[str, Callable[[Path], None]] = {
-    part.__name__: part for part in (speedup, overhead, many)
-}
-
-
-def main() -> None:
-    """Measure all parts, or one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=PARTS, help="one part")
-    only = parser.parse_args().only
-    for name, part in PARTS.items():
-        if only in {None, name}:
-            with TemporaryDirectory() as folder:
-                part(Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, speedup, overhead, many)

@@ -58,8 +58,8 @@ def show_outcome(outcome: Mapping[str, Any], experiment: str) -> None:
 
 def _show_report(page: Path, folder: str | None) -> None:
     """A link to MLflow's server; without one, a path, for browsers follow no link to a file."""
-    link = f"[the page, in MLflow]({folder}/{PAGE})"
-    said = link if folder else f"On {node()}: `{page.resolve()}`"
+    here = f"On {node()}: `{page.resolve()}`"
+    said = f"[the page, in MLflow]({folder}/{PAGE})" if folder else here
     create_markdown_artifact(said, key="report", description="Report of the run")
 
 

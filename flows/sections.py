@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tasks.runners import RunnerName
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 AROUND = ("sweep", "promote", "schedule", "runtime")  # sections that change no stage's output
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -140,7 +142,7 @@ class ScheduleParams(Section):
 class RuntimeParams(Section):
     """Where the shards of merges are made; no stage, for it changes no byte (docs/runners.md)."""
 
-    runner: Literal["threads", "processes", "dask", "ray"]
+    runner: RunnerName
     workers: int | None = Field(ge=1)
     address: str | None = Field(min_length=1)
 

@@ -24,6 +24,7 @@ from flows.cli.options import (
     set_option,
     vocabulary_option,
 )
+from tasks.runners import RUNNERS
 
 
 @click.command()
@@ -75,7 +76,7 @@ from flows.cli.options import (
     "--runner",
     default="threads",
     show_default=True,
-    type=click.Choice(["threads", "processes", "dask", "ray"]),
+    type=click.Choice(RUNNERS),
     help="Where its shards are made: in this process, or as jobs (docs/runners.md).",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="To start. [one for each device]")

@@ -4,15 +4,20 @@ The bytes are the same everywhere (poemerge/merging/work.py), so nothing records
 Why not Prefect's own task runners: docs/decisions/0009-runners.md.
 """
 
-from poemerge.errors import SettingError
-from poemerge.merging.head import Runner
+from typing import TYPE_CHECKING, Literal, get_args
 
-RUNNERS = ("threads", "processes", "dask", "ray")
+from poemerge.errors import SettingError
+
+if TYPE_CHECKING:
+    from poemerge.merging.head import Runner
+
+RunnerName = Literal["threads", "processes", "dask", "ray"]
+RUNNERS: tuple[RunnerName, ...] = get_args(RunnerName)
 
 
 def open_runner(
     runner: str = "threads", workers: int | None = None, address: str | None = None, *, device: str
-) -> Runner | None:
+) -> "Runner | None":
     """The runner of that name; None where this process makes all shards itself.
 
     Args:

@@ -9,7 +9,8 @@ import torch
 
 from poemerge.errors import MachineError, SettingError
 from poemerge.merging.shards import Shard
-from poemerge.merging.work import ShardJob, Work, make_shard
+from poemerge.merging.work import ShardJob
+from tasks.runners.cluster import OnCluster
 
 try:
     from distributed import Client, LocalCluster, as_completed
@@ -23,17 +24,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 logging.getLogger("distributed").setLevel(logging.ERROR)  # it tells all that it starts and stops
 
 
-class OnDask:
-    """A runner on Dask, which gives the job of a worker that dies to another one, a few times.
-
-    Args:
-        workers: to start where there is no address.
-        address: of a scheduler, `tcp://host:8786` say.
-        work: what a worker does with a job.
-    """
-
-    def __init__(self, workers: int, address: str | None = None, work: Work = make_shard) -> None:
-        self.workers, self.address, self.work = workers, address, work
+class OnDask(OnCluster):
+    """A runner on Dask."""
 
     def __call__(self, jobs: Sequence[ShardJob], done: Callable[[Shard], None]) -> None:
         """Do all jobs, the first ones first.

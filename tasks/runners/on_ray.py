@@ -8,7 +8,9 @@ from typing import Any
 
 from poemerge.errors import MachineError, SettingError
 from poemerge.merging.shards import Shard
-from poemerge.merging.work import ShardJob, Work, make_shard
+from poemerge.merging.work import ShardJob
+from tasks.runners.cluster import OnCluster
+from tasks.runners.worker import TRIES
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
 
@@ -18,20 +20,9 @@ try:
 except ImportError as error:
     raise SettingError("runner is ray; install it: pip install 'poemerge[ray]'.") from error
 
-TRIES = 3  # of a job whose worker dies
 
-
-class OnRay:
-    """A runner on Ray, which gives the job of a worker that dies to another one, a few times.
-
-    Args:
-        workers: to start where there is no address.
-        address: of a cluster, `host:6379` say.
-        work: what a worker does with a job.
-    """
-
-    def __init__(self, workers: int, address: str | None = None, work: Work = make_shard) -> None:
-        self.workers, self.address, self.work = workers, address, work
+class OnRay(OnCluster):
+    """A runner on Ray."""
 
     def __call__(self, jobs: Sequence[ShardJob], done: Callable[[Shard], None]) -> None:
         """Do all jobs, the first ones first.
