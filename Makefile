@@ -6,6 +6,8 @@ BIN := .venv/bin
 export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
+# Hundreds of processes import the same modules; they are compiled once.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo full test lowest reliability lint audit repro docs clean
 

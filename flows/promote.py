@@ -11,6 +11,7 @@ from prefect import flow
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
 from flows.params import load
@@ -18,6 +19,7 @@ from flows.places import Places
 from flows.provenance import verify
 from flows.sections import Params
 from poemerge.errors import SettingError
+from poemerge.redaction import redact
 from tasks.evaluate import evaluate
 from tasks.promote import Evaluation, Judgement, Limits, Row, judge, note, registered
 from tasks.promote import promote as decide
@@ -125,7 +127,8 @@ def promote_with_approval(
     check_server()
 
     def ask(judgement: Judgement) -> Approval:
-        logger.info("waiting %d s for a person to resume this run in Prefect", timeout)
+        where = redact(flow_run.ui_url or "this run in Prefect")
+        logger.info("waiting %d s for a person to resume %s", timeout, where)
         question = Approval.with_initial_data(description=_question(judgement))
         try:
             return pause_flow_run(question, timeout=timeout, poll_interval=POLL)

@@ -17,7 +17,7 @@ def unused_name(name: str, taken: Container[str]) -> str:
 
 def listed(names: Sequence[object], most: int = 3) -> str:
     """The first names, and how many more there are."""
-    shown = ", ".join(map(str, names[:most]))
+    shown = ", ".join(f"{name}" for name in names[:most])  # paths in a stand-in differ as str
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 

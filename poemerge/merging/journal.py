@@ -21,8 +21,6 @@ from poemerge.remote.delivery import hand_over
 from poemerge.remote.stand_ins import url_of
 from poemerge.report import TensorReport
 
-FOLDER = FINISHED
-
 
 class Journal:
     """The records of one merge, in a folder among its shards; use as a context.
@@ -55,7 +53,7 @@ class Journal:
     def close(self) -> None:
         """Delete the records, and what workers left that died: the merge is complete."""
         self._waiting.clear()
-        records = self._folder / FOLDER
+        records = self._folder / FINISHED
         for path in (*records.glob("*"), *self._folder.glob(f"*{PARTIAL}")):
             if path != records:
                 path.unlink()
@@ -68,7 +66,7 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave finished shards to the next try, and nothing else."""
         if kind is not None:
-            recorded = [path.stem for path in self._folder.glob(f"{FOLDER}/*.json")]
+            recorded = [path.stem for path in self._folder.glob(f"{FINISHED}/*.json")]
             self._clear([*recorded, *self._waiting])  # first: the disk may be full
             if self._waiting and self._lineage.exception() is None:
                 self._flush()
@@ -99,7 +97,7 @@ class Journal:
         return digest(asdict(self._lineage.result()))
 
     def _path(self, file: str) -> Path:
-        return self._folder / FOLDER / f"{file}.json"
+        return self._folder / FINISHED / f"{file}.json"
 
     def _clear(self, kept: Iterable[str]) -> None:
         """Delete what belongs to no shard that is kept."""

@@ -100,7 +100,7 @@ def receive(shard: Path, sha256: str, tag: str) -> None:
     """Let `shard` stand for one that a worker has brought there, if it is there as it was."""
     url = stand_ins.url_of(shard.parent)
     shard.unlink(missing_ok=True)
-    entry = Place(url).everything().get(shard.name)
+    entry = Place(url).entry(shard.name)
     if entry is not None and entry.tag == tag:
         stand_ins.note(shard, Remote(url, shard.name, *entry, sha256))
 

@@ -6,7 +6,7 @@ Retries are left to the libraries behind fsspec, which know which of their fault
 import errno
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -115,6 +115,15 @@ class Place:
             below = self._entries(self._files.find(self._root, detail=True))
         return {name: entry for name, entry in below.items() if stays_inside(name)}
 
+    def entry(self, name: str) -> Entry | None:
+        """What is known of one file, if it is there."""
+        with explained(self._at(name)):
+            self._files.invalidate_cache()
+            with suppress(FileNotFoundError):
+                info = self._files.info(self._path(name))
+                return self._entries({self._path(name): info}).get(name)
+        return None
+
     def read(self, spans: Sequence[Span]) -> list[bytes]:
         """Bytes of files, all at a time where the storage allows it; fewer at a file's end."""
         if not spans:
@@ -134,10 +143,8 @@ class Place:
         """Copy `path` there, in parts where it is large; what the storage knows of it then."""
         with explained(self._at(name)):
             self._files.put_file(str(path), self._path(name))
-            self._files.invalidate_cache()
-            info = self._files.info(self._path(name))
-            (entry,) = self._entries({self._path(name): info}).values()
-        if entry.size != path.stat().st_size:
+        entry = self.entry(name)
+        if entry is None or entry.size != path.stat().st_size:
             raise UnreachableError(f"{self._at(name)} did not arrive whole; run again.")
         return entry
 

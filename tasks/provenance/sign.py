@@ -107,4 +107,5 @@ def _sentence(folder: Path, signature: Path, error: Exception) -> str:
 
 
 def _first(error: Exception) -> str:
-    return " ".join((str(error).splitlines() or [type(error).__name__])[0].split()).rstrip(".")
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join((text.splitlines() or [type(error).__name__])[0].split()).rstrip(".")

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.layout import INDEX
+from poemerge.layout import FINISHED, INDEX
 from poemerge.lineage import RECORD, hash_files
 from poemerge.merge import merge_checkpoints
 from poemerge.merging import journal
-from poemerge.merging.journal import FOLDER
 from poemerge.merging.shards import Shard
 from poemerge.merging.work import ShardJob, make_shard
 from poemerge.remote import delivery
@@ -86,7 +85,7 @@ def test_the_same_bytes_come_and_what_completes_them_comes_last(
     names = [path.rpartition("/merged/")[2] for path in puts]
     assert names[-2:] == [INDEX, RECORD]
     assert names[0] == delivery.STARTED
-    assert sorted(name for name in names if FOLDER not in name) == storage.names(out)
+    assert sorted(name for name in names if FINISHED not in name) == storage.names(out)
 
 
 def test_no_more_than_a_shard_lies_here(
@@ -111,7 +110,7 @@ def test_what_was_finished_is_kept_and_does_not_look_complete(
 ) -> None:
     kept = shards(storage, stopped)
     assert len(kept) > 2
-    beside = {name for name in storage.names(stopped) if not name.startswith(f"{FOLDER}/")}
+    beside = {name for name in storage.names(stopped) if not name.startswith(f"{FINISHED}/")}
     assert beside == kept
     before = {name: storage.files.info(f"{stopped}/{name}")["LastModified"] for name in kept}
     made = merge(zoo, stopped)
@@ -131,11 +130,11 @@ def lose(storage: Storage, out: str, shard: str) -> None:
 
 
 def forget(storage: Storage, out: str, shard: str) -> None:
-    storage.files.rm(f"{out}/{FOLDER}/{shard}.json")
+    storage.files.rm(f"{out}/{FINISHED}/{shard}.json")
 
 
 def edit(storage: Storage, out: str, shard: str) -> None:
-    path = f"{out}/{FOLDER}/{shard}.json"
+    path = f"{out}/{FINISHED}/{shard}.json"
     fields = json.loads(storage.files.cat_file(path))
     fields["tensors"][0]["rule"] = "copy"
     storage.files.pipe_file(path, json.dumps(fields).encode())
@@ -143,13 +142,13 @@ def edit(storage: Storage, out: str, shard: str) -> None:
 
 def mislead(storage: Storage, out: str, shard: str) -> None:
     """What is said to have arrived is a file out of the folder."""
-    path = f"{out}/{FOLDER}/{shard}{delivery.ARRIVED}"
+    path = f"{out}/{FINISHED}/{shard}{delivery.ARRIVED}"
     fields = json.loads(storage.files.cat_file(path))
     storage.files.pipe_file(path, json.dumps(fields | {"name": f"../{shard}"}).encode())
 
 
 def garble(storage: Storage, out: str, shard: str) -> None:
-    storage.files.pipe_file(f"{out}/{FOLDER}/{shard}{delivery.ARRIVED}", b'{"a": 1}')
+    storage.files.pipe_file(f"{out}/{FINISHED}/{shard}{delivery.ARRIVED}", b'{"a": 1}')
 
 
 @pytest.mark.parametrize("harm", [flip, lose, forget, edit, mislead, garble])

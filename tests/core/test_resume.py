@@ -10,11 +10,10 @@ import pytest
 
 from poemerge.atomic import new_folder, write_text
 from poemerge.errors import MachineError, SettingError
-from poemerge.layout import is_ready
+from poemerge.layout import FINISHED, is_ready
 from poemerge.lineage import RECORD, hash_files
 from poemerge.merge import merge_checkpoints
 from poemerge.merging import journal
-from poemerge.merging.journal import FOLDER
 from poemerge.merging.shards import Shard
 from tests.zoo import Zoo
 
@@ -68,7 +67,7 @@ def test_finished_shards_are_kept_and_nothing_else(
 ) -> None:
     kept = {path.name for path in stopped.glob(SHARDS)}
     assert len(kept) > 2
-    assert {path.name for path in stopped.iterdir()} == {*kept, FOLDER}
+    assert {path.name for path in stopped.iterdir()} == {*kept, FINISHED}
     assert not is_ready(stopped)
     made = merge(zoo, tmp_path / "out")
     assert made == {path.name for path in whole.glob(SHARDS)} - kept
@@ -89,24 +88,24 @@ def shorten(stopped: Path) -> None:
 
 def edit(stopped: Path) -> None:
     """A report that says something else, of a shard that is as it was."""
-    record = min(stopped.glob(f"{FOLDER}/*.json"))
+    record = min(stopped.glob(f"{FINISHED}/*.json"))
     fields = json.loads(record.read_text())
     fields["tensors"][0]["rule"] = "copy"
     record.write_text(json.dumps(fields))
 
 
 def break_off(stopped: Path) -> None:
-    record = min(stopped.glob(f"{FOLDER}/*.json"))
+    record = min(stopped.glob(f"{FINISHED}/*.json"))
     record.write_text(record.read_text()[:100])
 
 
 def lose(stopped: Path) -> None:
-    min(stopped.glob(f"{FOLDER}/*.json")).unlink()
+    min(stopped.glob(f"{FINISHED}/*.json")).unlink()
 
 
 def swap(stopped: Path) -> None:
     """A record under the name of another shard."""
-    first, second = sorted(stopped.glob(f"{FOLDER}/*.json"))[:2]
+    first, second = sorted(stopped.glob(f"{FINISHED}/*.json"))[:2]
     shutil.copyfile(second, first)
 
 
@@ -126,7 +125,7 @@ def test_what_is_no_finished_shard_is_deleted(
     zoo: Zoo, tmp_path: Path, whole: Path, stopped: Path
 ) -> None:
     (stopped / "sub").mkdir()
-    for name in ("config.json", "model-x.safetensors", "sub/file", f"{FOLDER}/x.json", RECORD):
+    for name in ("config.json", "model-x.safetensors", "sub/file", f"{FINISHED}/x.json", RECORD):
         (stopped / name).write_text("{}")
     merge(zoo, tmp_path / "out")
     assert same(tmp_path / "out", whole)
@@ -154,7 +153,7 @@ def test_no_shard_is_recorded_before_the_sources_are_hashed(tmp_path: Path) -> N
     kept = journal.Journal(tmp_path, Future())
     (tmp_path / "model.safetensors").write_bytes(b"1")
     kept.note(Shard("model.safetensors", "", ()))
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / FINISHED).exists()
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(

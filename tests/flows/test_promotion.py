@@ -232,6 +232,7 @@ def test_nobody_answers(registry: None) -> None:
     done = call("promote", "--approve", "--timeout", "3")
     assert done.exit_code == 1
     assert "nobody answered in 3 s" in " ".join(done.output.split())
+    assert "to resume http://127.0.0.1" in " ".join(done.output.split())
     assert kinds() == ["promotion", "rejection"]
     assert aliases()["champion"] == 1
 

@@ -185,6 +185,8 @@ class TestSign:
         inside = poemerge("sign", "one", "--key", private, "--signature", "one/x.sig")
         assert "lies in the folder that it signs" in inside.stderr
         assert "was not signed with" in poemerge("sign", "one", "--key", public).stderr
+        nowhere = poemerge("sign", "one", "--key", "nowhere.pem").stderr
+        assert "was not signed with nowhere.pem (No such file or directory)" in nowhere
         missing = poemerge("verify", "one", "--public-key", public)
         assert "one.sig does not exist; sign first" in missing.stderr
         poemerge("sign", "one", "--key", private)

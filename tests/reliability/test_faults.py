@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from flows.cli import main
 from poemerge.atomic import PARTIAL
 from poemerge.errors import MachineError, SourceError
+from poemerge.layout import FINISHED
 from poemerge.lineage import hash_files
 from poemerge.merge import merge_checkpoints
-from poemerge.merging.journal import FOLDER
 from poemerge.method import METHODS, Call
 from poemerge.task_vector import Stack
 from tests.core.stacks import assert_close
@@ -65,9 +65,9 @@ def finished(out: Path) -> set[str]:
     """Shards of an unfinished merge; there is nothing beside them but their records."""
     partial = out.with_name(out.name + PARTIAL)
     shards = {path.name for path in partial.glob("*.safetensors")}
-    records = {path.stem for path in partial.glob(f"{FOLDER}/*.json")}
+    records = {path.stem for path in partial.glob(f"{FINISHED}/*.json")}
     assert shards == records
-    assert not partial.exists() or {path.name for path in partial.iterdir()} == {*shards, FOLDER}
+    assert not partial.exists() or {path.name for path in partial.iterdir()} == {*shards, FINISHED}
     return shards
 
 
