@@ -50,7 +50,7 @@ register:
   choose: mean
   store: dvc
 report:
-  detail: 2
+  detail: 0
   side: output
   seed: 0
   device: cpu

@@ -258,14 +258,16 @@ def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
     assert "Data and pipelines are up to date" in dvc("repro")
 
 
-def test_repro_alone_writes_the_same_lock(done: Path) -> None:
-    lock = (done / "dvc.lock").read_bytes()
-    shutil.rmtree(done / "artifacts")
-    shutil.rmtree(done / ".dvc/cache")
+def test_repro_alone_writes_the_same_lock(project: Path) -> None:
+    keep_two_candidates(project)  # every stage is a process, which takes seconds to start
+    assert len(pipeline()["made"]) == 13
+    lock = (project / "dvc.lock").read_bytes()
+    shutil.rmtree(project / "artifacts")
+    shutil.rmtree(project / ".dvc/cache")
     for name in ("dvc.lock", "mlflow.db"):
-        (done / name).unlink()
+        (project / name).unlink()
     dvc("repro")
-    assert (done / "dvc.lock").read_bytes() == lock
+    assert (project / "dvc.lock").read_bytes() == lock
     assert pipeline()["made"] == []
 
 
