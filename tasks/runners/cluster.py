@@ -1,8 +1,13 @@
 """What runners on a cluster have in common."""
 
+import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+from poemerge.errors import SettingError
 from poemerge.merging.work import Work, make_shard
+
+PATIENCE = 10  # seconds for a host to answer; the clusters' own clients wait for minutes
 
 
 @dataclass(frozen=True)
@@ -18,3 +23,19 @@ class OnCluster:
     workers: int
     address: str | None = None
     work: Work = make_shard
+
+    def see_it_listens(self) -> None:
+        """See that somebody listens at `address`, if it names a host and a port.
+
+        Raises:
+            SettingError: nobody does.
+        """
+        address = self.address or ""
+        try:
+            parts = urlsplit(address if "://" in address else f"//{address}")
+            if parts.port:
+                socket.create_connection((parts.hostname, parts.port), PATIENCE).close()
+        except (OSError, ValueError) as error:
+            raise SettingError(
+                f"No cluster answers at {address} ({error}); start it, or mend runtime.address."
+            ) from error

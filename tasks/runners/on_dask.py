@@ -53,6 +53,7 @@ class OnDask(OnCluster):
     def _cluster(self) -> Iterator[str]:
         """Address of the one that is there, or of one for the block."""
         if self.address is not None:
+            self.see_it_listens()
             yield self.address
             return
         threads = dict.fromkeys(THREADS, str(torch.get_num_threads()))
@@ -69,7 +70,7 @@ class OnDask(OnCluster):
 def _connected(address: str) -> Iterator[Client]:
     try:
         client = Client(address)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what listens there may speak another language
         raise SettingError(
             f"No scheduler of Dask answers at {address}; start it, or mend runtime.address."
         ) from error

@@ -50,6 +50,7 @@ class OnRay(OnCluster):
         if ray.is_initialized():  # by whoever uses us as a library
             yield
             return
+        self.see_it_listens()
         own: dict[str, Any] = {"num_cpus": self.workers, "include_dashboard": False}
         try:
             ray.init(

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import dask.config
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -266,16 +266,18 @@ class TestDask:
             merge_checkpoints(*merging, "average", "cpu", runner=runner)
         assert str(sent.value) == str(alone.value)
 
-    def test_no_cluster_is_there(self, models: Path, tmp_path: Path) -> None:
-        with (
-            dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
-            pytest.raises(SettingError, match="No scheduler of Dask answers at tcp"),
-        ):
-            merge(
-                models,
-                tmp_path / "out",
-                open_runner("dask", None, "tcp://127.0.0.1:9", device="cpu"),
-            )
+    def test_a_listener_that_is_no_scheduler(self, models: Path, tmp_path: Path) -> None:
+        def answer() -> None:
+            with suppress(OSError):  # it is closed
+                while True:
+                    with listener.accept()[0] as caller:
+                        caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=answer, daemon=True).start()
+            url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+            with pytest.raises(SettingError, match=f"No scheduler of Dask answers at {url}"):
+                merge(models, tmp_path / "out", open_runner("dask", None, url, device="cpu"))
 
 
 class TestRay:
@@ -283,6 +285,15 @@ class TestRay:
         self, models: Path, here: Path, tmp_path: Path
     ) -> None:
         survives(models, tmp_path / "out", here, open_runner("ray", 2, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("runner", "address"),
+    [("dask", "tcp://127.0.0.1:9"), ("ray", "127.0.0.1:9"), ("ray", "ray://127.0.0.1:9")],
+)
+def test_no_cluster_is_there(models: Path, tmp_path: Path, runner: str, address: str) -> None:
+    with pytest.raises(SettingError, match=f"No cluster answers at {address} .*refused"):
+        merge(models, tmp_path / "out", open_runner(runner, None, address, device="cpu"))
 
 
 @pytest.mark.parametrize(
