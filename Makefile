@@ -17,8 +17,9 @@ demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the
 full: .venv/base ## the same on all items
 	$(BIN)/poemerge run --set evaluate.limit=null
 
+# Tests wait for servers a sixth of their time: three workers keep two cores busy.
 test: lint ## lint, types, import contracts, all tests
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 3 --dist loadfile
 
 lowest: ## all tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

@@ -47,6 +47,7 @@ def test_one_output(trials: Trials, arena: Arena, fresh: Path, tmp_path: Path) -
             assert verify(str(out)).problems == ()
 
 
+@pytest.mark.usefixtures("long")
 def test_one_project(
     trials: Trials, arena: Arena, fresh: Path, finished: Path, tmp_path: Path
 ) -> None:

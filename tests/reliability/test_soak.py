@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.soak.accounts import expected, found, problems
 from benchmarks.soak.gauges import STEADY
 from benchmarks.soak.run import Merged, soak
@@ -9,6 +11,7 @@ from benchmarks.soak.system import system
 from tests.reliability.trials import Trials
 
 
+@pytest.mark.usefixtures("long")
 def test_a_merge_leaves_nothing_behind_but_its_records(tmp_path: Path, trials: Trials) -> None:
     """A scheduled merge leaves no process, open file, temporary file or ticket behind"""
     done: list[Merged] = []

@@ -41,6 +41,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa
     from flows.steps import STAGES, steps
 
     folder = make_project(tmp_path_factory.mktemp("run") / "project", zoo)
+    file = folder / "params.yaml"
+    file.write_text(file.read_text().replace("detail: 0", "detail: 2"))
     before = Path.cwd()
     os.chdir(folder)
     try:
