@@ -12,7 +12,7 @@ from poemerge.checkpoint import TensorFiles
 from poemerge.errors import CheckpointError
 from poemerge.layout import ADAPTER
 from poemerge.lora_config import LoraConfig
-from poemerge.task_vector import LowRank
+from poemerge.update import LowRank
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."

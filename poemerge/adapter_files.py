@@ -12,7 +12,7 @@ from torch import Tensor
 from poemerge.adapter import CONFIG, PREFIX, Adapter
 from poemerge.atomic import write_json
 from poemerge.layout import ADAPTER
-from poemerge.task_vector import LowRank
+from poemerge.update import LowRank
 from poemerge.writer import ShardWriter
 
 

@@ -22,8 +22,8 @@ from poemerge.fitting import (
     untied_tensor,
 )
 from poemerge.rules import is_head
-from poemerge.task_vector import Dense, LowRank, Update
 from poemerge.token_rows import REFUSE, TokenRows, gather, match_rows
+from poemerge.update import Dense, LowRank, Update
 
 
 class Expert(Protocol):

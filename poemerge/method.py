@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from poemerge.settings import Settings
-from poemerge.task_vector import Update
+from poemerge.update import Update
 
 
 @dataclass(frozen=True)

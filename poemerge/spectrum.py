@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poemerge.method import Matrix, Work
-from poemerge.task_vector import LowRank, Update
+from poemerge.update import LowRank, Update
 
 ZERO = 1e-5  # of the largest singular value; far above the rounding of weights in fp32
 EIGH = 15  # · N³: an eigendecomposition in operations at the rate of a matrix product, measured

@@ -11,8 +11,8 @@ from torch import Tensor
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.expert_files import Expert, open_expert
 from poemerge.rules import is_tied_head
-from poemerge.task_vector import LowRank, Update
 from poemerge.token_rows import BASE
+from poemerge.update import LowRank, Update
 
 
 def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poemerge.errors import SettingError
-from poemerge.task_vector import LowRank, Update
+from poemerge.update import LowRank, Update
 
 SVD = ("auto", "exact", "randomised")
 EXACT_SIDE = 2048  # smaller side up to which `auto` is exact: a second or two on two CPU cores

@@ -32,8 +32,8 @@ from poemerge.layout import ADAPTER
 from poemerge.lineage import Lineage, Source
 from poemerge.progress import Progress
 from poemerge.rules import is_head, is_tied_head, is_vocabulary
-from poemerge.task_vector import LowRank, Update
 from poemerge.truncate import best_rank, relative_error
+from poemerge.update import LowRank, Update
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from poemerge.merging.plan import Plan
 from poemerge.method import Call, Merged, Method, Posterior, Sampling
 from poemerge.methods import find
 from poemerge.rules import AVERAGE, VOCABULARY
-from poemerge.task_vector import Dense, LowRank, Stack, StreamedStack, Update
+from poemerge.task_vector import Stack, StreamedStack
+from poemerge.update import Dense, LowRank, Update
 
 CPU = torch.device("cpu")
 Stacked = Stack | StreamedStack

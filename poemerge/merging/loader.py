@@ -14,7 +14,8 @@ from poemerge.merging.groups import Batch
 from poemerge.merging.memory import shortages
 from poemerge.merging.plan import Plan
 from poemerge.rules import COPY
-from poemerge.task_vector import DenseStack, LowRank, LowRankStack, Stack, StreamedStack
+from poemerge.task_vector import DenseStack, LowRankStack, Stack, StreamedStack
+from poemerge.update import LowRank
 
 CPU = torch.device("cpu")
 

@@ -21,8 +21,8 @@ from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
 from poemerge.merging.shards import Shard, Shards
 from poemerge.report import TensorReport
-from poemerge.task_vector import Dense, LowRank, Update
 from poemerge.truncate import best_rank
+from poemerge.update import Dense, LowRank, Update
 
 
 class Output:

@@ -8,7 +8,8 @@ from torch import Tensor
 from poemerge.method import Call, Merged, register
 from poemerge.methods.ties import TiesSettings, trim_and_elect
 from poemerge.settings import setting
-from poemerge.task_vector import Dense, Stack
+from poemerge.task_vector import Stack
+from poemerge.update import Dense
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch.nn.functional import hardshrink
 
 from poemerge.method import Call, Merged, register
 from poemerge.settings import Settings, setting
-from poemerge.task_vector import Dense, Stack
+from poemerge.task_vector import Stack
+from poemerge.update import Dense
 
 EVEN = 1e-6  # part of Σ w |τ| below which a vote is even
 RUN = 1 << 16  # entries that a CPU works on at a time, so that they stay in its caches

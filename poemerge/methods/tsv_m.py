@@ -5,7 +5,8 @@ import torch
 from poemerge.method import Call, Matrix, Merged, Work, always, register
 from poemerge.settings import Settings
 from poemerge.spectrum import EIGH, orthogonalised, svd, svd_work
-from poemerge.task_vector import LowRank, Stack
+from poemerge.task_vector import Stack
+from poemerge.update import LowRank
 
 
 def work(matrix: Matrix) -> Work:

@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 from poemerge.method import Call
 from poemerge.poe.experts import Precision
 from poemerge.poe.solver import Problem, Updates
-from poemerge.task_vector import DenseStack, Lift, LowRankStack, Stack, StreamedStack, Update
+from poemerge.task_vector import DenseStack, LowRankStack, Stack, StreamedStack
+from poemerge.update import Lift, Update
 
 ROWS, COLUMNS = -2, -1
 HELD = 1 << 30  # bytes of all experts' coordinates of a matrix; beyond, experts come one by one

@@ -12,7 +12,8 @@ from poemerge.poe.pieces import Pieces, cut_up
 from poemerge.poe.settings import ProductSettings
 from poemerge.poe.solver import Energy, pose, solve_matrices
 from poemerge.posterior.draws import posterior_of, summarise
-from poemerge.task_vector import Dense, DenseStack, Stack, StreamedStack, Update
+from poemerge.task_vector import DenseStack, Stack, StreamedStack
+from poemerge.update import Dense, Update
 
 
 def product_of_experts(stack: Stack | StreamedStack, energy: Energy, call: Call) -> Merged:

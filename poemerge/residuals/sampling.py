@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poemerge.linalg import square_norm
 from poemerge.statistics import fourth_moment
-from poemerge.task_vector import LowRank, Update
+from poemerge.update import LowRank, Update
 
 ROWS = 256  # of a residual that entries are drawn from
 COLUMNS = 2048

@@ -12,7 +12,8 @@ from torch import Tensor
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.plan import plan_merge
 from poemerge.spectrum import orthogonalised, svd
-from poemerge.task_vector import Dense, DenseStack, LowRank, LowRankStack
+from poemerge.task_vector import DenseStack, LowRankStack
+from poemerge.update import Dense, LowRank
 from tests import reference
 from tests.core.stacks import Pair, assert_close, dense, distance, factors, merge, pair, update
 from tests.core.stacks import product as products

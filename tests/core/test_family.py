@@ -11,7 +11,8 @@ from torch import Tensor
 from poemerge.merge import merge_checkpoints
 from poemerge.poe import solver
 from poemerge.report import MergeReport
-from poemerge.task_vector import DenseStack, LowRank
+from poemerge.task_vector import DenseStack
+from poemerge.update import LowRank
 from tests import reference
 from tests.core.stacks import LIMIT, assert_close, dense, distance, factors, merge, pair, update
 from tests.core.stacks import product as products

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from poemerge.task_vector import LowRank
+from poemerge.update import LowRank
 from tests import reference
 from tests.core.stacks import (
     LIMIT,

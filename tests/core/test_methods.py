@@ -15,7 +15,8 @@ from poemerge.merging.apply import seed_of
 from poemerge.method import METHODS, Call
 from poemerge.methods import find
 from poemerge.methods.dare_ties import drop_and_rescale
-from poemerge.task_vector import DenseStack, LowRank
+from poemerge.task_vector import DenseStack
+from poemerge.update import LowRank
 from tests import reference
 from tests.core.stacks import assert_close, dense, distance, factors, merge, pair, update
 from tests.core.stacks import product as products
@@ -194,7 +195,8 @@ METHOD = '''
 
 from poemerge.method import Call, Merged, register
 from poemerge.settings import Settings
-from poemerge.task_vector import Dense, Stack
+from poemerge.task_vector import Stack
+from poemerge.update import Dense
 
 
 @register(settings=Settings, source="nobody")

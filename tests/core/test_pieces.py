@@ -14,7 +14,8 @@ from poemerge.errors import SettingError
 from poemerge.merge import expert_weights, merge_checkpoints
 from poemerge.method import Call, Cut
 from poemerge.methods import find
-from poemerge.task_vector import DenseStack, LowRank
+from poemerge.task_vector import DenseStack
+from poemerge.update import LowRank
 from tests.core.stacks import assert_close, dense, distance, factors, merge, pair, update
 from tests.core.stacks import product as products
 from tests.reference_family import product

@@ -15,7 +15,7 @@ from poemerge import describe_residuals, merge_checkpoints
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.merge import expert_weights
 from poemerge.residuals.sampling import COLUMNS, ROWS, draw_entries, residual_block, rounding_of
-from poemerge.task_vector import Dense, LowRank, Update
+from poemerge.update import Dense, LowRank, Update
 from tests.core.stacks import assert_close, pair, product
 from tests.zoo import Zoo
 

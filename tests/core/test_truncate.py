@@ -6,8 +6,8 @@ from torch import Tensor
 
 from poemerge import truncate
 from poemerge.errors import SettingError
-from poemerge.task_vector import Dense, LowRank, Update
 from poemerge.truncate import best_rank, relative_error
+from poemerge.update import Dense, LowRank, Update
 
 SHAPES = [(40, 24), (24, 40), (32, 32), (1, 30), (30, 1), (1, 1)]
 RANKS = [1, 3, 10]
