@@ -27,6 +27,8 @@ from tests.reliability.trials import Trials
 
 RUN = ("run",)
 
+pytestmark = pytest.mark.usefixtures("long")
+
 
 def test_one_output(trials: Trials, arena: Arena, fresh: Path, tmp_path: Path) -> None:
     """Two merges into one folder at once: the second waits, and is then told that it exists"""
@@ -47,7 +49,6 @@ def test_one_output(trials: Trials, arena: Arena, fresh: Path, tmp_path: Path) -
             assert verify(str(out)).problems == ()
 
 
-@pytest.mark.usefixtures("long")
 def test_one_project(
     trials: Trials, arena: Arena, fresh: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -64,7 +65,6 @@ def test_one_project(
             check_live(folder, client)
 
 
-@pytest.mark.usefixtures("long")
 def test_one_registry(trials: Trials, arena: Arena, finished: Path, tmp_path: Path) -> None:
     """Two clones register the same at once, in one new MLflow database and one DVC cache"""
     for number in trials(short=1, full=20):
@@ -86,7 +86,6 @@ def test_one_registry(trials: Trials, arena: Arena, finished: Path, tmp_path: Pa
             check_live(clones[0], client)
 
 
-@pytest.mark.usefixtures("long")
 def test_one_dvc(
     trials: Trials, arena: Arena, finished: Path, database: Path, tmp_path: Path
 ) -> None:
@@ -121,7 +120,6 @@ def changed(finished: Path, arena: Arena) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("long")
 def test_promotion(
     trials: Trials, arena: Arena, finished: Path, changed: Path, tmp_path: Path
 ) -> None:
@@ -143,7 +141,6 @@ def test_promotion(
             assert int(client.get_registered_model("tiny").aliases["champion"]) == 2
 
 
-@pytest.mark.usefixtures("long")
 def test_own_prefect(trials: Trials, finished: Path, tmp_path: Path) -> None:
     """Two runs at once that bring their own Prefect servers, with no database yet: both end well"""
     for number in trials(short=1, full=20):

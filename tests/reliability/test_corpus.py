@@ -40,76 +40,76 @@ def bench(seeds: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ben
 
 def test_safetensors_headers(bench: Bench, trials: Trials) -> None:
     """Damaged safetensors files are refused, or read as the library reads them"""
-    for number in trials(short=10, full=200):
+    for number in trials(short=5, full=200):
         with trials.trial(number):
             bench.attempt(weights.HEADERS, number, several=trials.full)
 
 
 def test_indices(bench: Bench, trials: Trials) -> None:
     """Damaged indices of shards are refused, or change nothing"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(weights.INDICES, number, several=trials.full)
 
 
 def test_adapter_configs(bench: Bench, trials: Trials) -> None:
     """Damaged adapter_config.json are refused, or mean what PEFT takes them for"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(weights.ADAPTERS, number, several=trials.full)
 
 
 def test_configs(bench: Bench, trials: Trials) -> None:
     """Damaged config.json are refused, or change no weight"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(weights.CONFIGS, number, several=trials.full)
 
 
 def test_what_is_no_file(bench: Bench, trials: Trials) -> None:
     """Folders, FIFOs, sockets, devices and broken links in place of files are refused"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(weights.PLACES, number, several=trials.full)
 
 
 def test_records(bench: Bench, trials: Trials) -> None:
     """Damaged lineage.json of both formats are refused, or are records all the same"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(records.LINEAGES, number, several=trials.full)
 
 
 def test_signatures(bench: Bench, trials: Trials) -> None:
     """Damaged signatures hold for nothing"""
-    for number in trials(short=10, full=100):
+    for number in trials(short=5, full=100):
         with trials.trial(number):
             bench.attempt(records.SIGNATURES, number, several=False)
 
 
 def test_what_a_run_wrote(bench: Bench, trials: Trials) -> None:
     """Damaged items.json, registration.json and leaderboards of a run get no report"""
-    for number in trials(short=10, full=100):
+    for number in trials(short=5, full=100):
         with trials.trial(number):
             bench.attempt(records.RUNS, number, several=False)
 
 
 def test_gguf_headers(bench: Bench, trials: Trials) -> None:
     """Damaged GGUF files are refused, or give the numbers that are in them"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(ggufs.GGUFS, number, several=False)
 
 
 def test_params(bench: Bench, trials: Trials) -> None:
     """Damaged params.yaml are refused, or taken over value by value"""
-    for number in trials(short=10, full=200):
+    for number in trials(short=5, full=200):
         with trials.trial(number):
             bench.attempt(yamls.PARAMS, number, several=False)
 
 
 def test_tasks(bench: Bench, trials: Trials) -> None:
     """Damaged task files are refused, or are the tasks that they define"""
-    for number in trials(short=10, full=150):
+    for number in trials(short=5, full=150):
         with trials.trial(number):
             bench.attempt(yamls.TASKS, number, several=False)

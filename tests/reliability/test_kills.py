@@ -263,6 +263,7 @@ def check_end(ended: Ended, blow: Blow) -> None:
     assert "Traceback" not in ended.said
 
 
+@pytest.mark.usefixtures("long")
 def test_a_killed_first_use(trials: Trials, tmp_path: Path) -> None:
     """MLflow's database, killed while it is made, is made by the next command"""
     words, seconds = ("lineage", "models:/tiny/1"), 0.0
@@ -313,6 +314,7 @@ def test_a_stopped_sweep(trials: Trials, project: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("api")
+@pytest.mark.usefixtures("long")
 def test_a_killed_registration(trials: Trials, evaluated: Path, tmp_path: Path) -> None:
     """A registration killed at a random moment ends in one version, one challenger, a clean DVC"""
     disturb(trials, {"short": 1, "full": 50}, Registration(evaluated), tmp_path, signal.SIGKILL)

@@ -122,6 +122,7 @@ class TestTensors:
                     for few, many in pairwise(taken):
                         assert many <= 3 * few + 0.1, (name, taken)
 
+    @pytest.mark.usefixtures("long")
     def test_the_page_stays_small(self, tmp_path: Path, trials: Trials) -> None:
         """The report on 5,000 tensors is a page of at most 4 MB, with tables of at most 400 rows"""
         for number in trials(short=1, full=1):
