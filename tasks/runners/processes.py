@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from poemerge.device import pick_device, split_devices
@@ -29,16 +30,17 @@ def devices_of(device: str, workers: int | None) -> tuple[str, ...]:
     return named * (workers or 1)
 
 
+@dataclass(frozen=True)
 class Processes:
     """A runner whose workers are processes.
 
-    Args:
+    Attributes:
         devices: of the workers, one each.
         work: what a worker does with a job.
     """
 
-    def __init__(self, devices: Sequence[str], work: Work = make_shard) -> None:
-        self.devices, self.work = devices, work
+    devices: Sequence[str]
+    work: Work = make_shard
 
     def __call__(self, jobs: Sequence[ShardJob], done: Callable[[Shard], None]) -> None:
         """Do all jobs, each by the worker that is free first.
