@@ -17,9 +17,10 @@ demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the
 full: .venv/base ## the same on all items
 	$(BIN)/poemerge run --set evaluate.limit=null
 
-# Tests wait for servers a sixth of their time: three workers keep two cores busy.
+# Tests wait for servers a sixth of their time: three workers keep two cores busy. Files run in their
+# order, not those of few tests last: some of these take minutes, and two workers would wait for one.
 test: lint ## lint, types, import contracts, all tests
-	$(BIN)/pytest --numprocesses 3 --dist loadfile
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lowest: ## all tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
