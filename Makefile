@@ -19,13 +19,15 @@ full: .venv/base ## the same on all items
 
 # Tests wait for servers a sixth of their time: three workers keep two cores busy. Files run in their
 # order, not those of few tests last: some of these take minutes, and two workers would wait for one.
+SPREAD := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
 test: lint ## lint, types, import contracts, all tests
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(SPREAD)
 
 lowest: ## all tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --constraint .ci/lowest.txt torch --editable '.[dev]'
-	.venv-lowest/bin/pytest --numprocesses 2 --dist loadfile -W default # old releases warn of what is to come
+	.venv-lowest/bin/pytest $(SPREAD) -W default # old releases warn of what is to come
 
 reliability: .venv/done ## crashes, faults, bad input, as often as docs/reliability.md says; hours
 	$(BIN)/pytest tests/reliability --full

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from poemerge.errors import SettingError
 from poemerge.merging.work import Work, make_shard
 
-PATIENCE = 10  # seconds for a host to answer; the clusters' own clients wait for minutes
+ANSWER = 10  # seconds for a host to answer; the clusters' own clients wait for minutes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class OnCluster:
         try:
             parts = urlsplit(address if "://" in address else f"//{address}")
             if parts.port:
-                socket.create_connection((parts.hostname, parts.port), PATIENCE).close()
+                socket.create_connection((parts.hostname, parts.port), ANSWER).close()
         except (OSError, ValueError) as error:
             raise SettingError(
                 f"No cluster answers at {address} ({error}); start it, or mend runtime.address."

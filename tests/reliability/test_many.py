@@ -127,7 +127,7 @@ class TestTensors:
         """The report on 5,000 tensors is a page of at most 4 MB, with tables of at most 400 rows"""
         for number in trials(short=1, full=1):
             with trials.trial(number):
-                work = Work(tmp_path / "work", mixture(5000 if trials.full else 1000))
+                work = Work(tmp_path / "work", mixture(5000))
                 work.merge()
                 work.report()
                 text = (work.root / "report" / PAGE).read_text()
