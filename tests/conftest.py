@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +116,8 @@ def _own_tools(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(key, raising=False)
 
 
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    """A command sets loggers and environment of its process, which here is that of all tests."""
+@contextmanager
+def _left_as_found() -> Iterator[None]:
     environment = dict(os.environ)
     loggers = [logging.getLogger(name) for name in ("poemerge", "tasks", "flows")]
     before = [(log.level, log.handlers, log.propagate) for log in loggers]
@@ -129,3 +129,17 @@ def _leave_no_trace() -> Iterator[None]:
     for log, (level, handlers, propagate) in zip(loggers, before, strict=True):
         log.setLevel(level)
         log.handlers, log.propagate = handlers, propagate
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    """A command sets loggers and environment of its process, which here is that of all tests."""
+    with _left_as_found():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_no_trace_of_a_file() -> Iterator[None]:
+    """The same for what all tests of a file share, and make before the first of them."""
+    with _left_as_found():
+        yield
