@@ -2,6 +2,7 @@
 
 python -m benchmarks.foreseen FOLDER
 python -m benchmarks.foreseen FOLDER --only poe --json foreseen.json
+python -m benchmarks.foreseen FOLDER --models BASE EXPERT ...
 """
 
 import argparse
@@ -16,18 +17,29 @@ from benchmarks.child import run
 from benchmarks.process import HERE, OFFLINE
 from benchmarks.tables import show_foreseen
 
-METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe", "tsv_m")
+METHODS = (
+    "average",
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "model_stock",
+    "knots_ties",
+    "tsv_m",
+    "iso_c",
+    "gaussian_poe",
+    "cauchy_poe",
+    "student_t_poe",
+)
 MODELS = 5  # that benchmarks.models names, on its last lines
 
 
 def main() -> None:
     """Foresee and measure, in one child a method, so that each peak is its own."""
     given = _arguments()
-    made = [sys.executable, "-m", "benchmarks.models", str(given.folder)]
-    models = run(made, HERE, OFFLINE).output.splitlines()[-MODELS:]
+    models, out = given.models or _made(given.folder), str(given.folder / "merged")
     rows = []
     for method in (name for name in METHODS if given.only in name):
-        child = [sys.executable, "-m", "benchmarks.foreseen", "--child", method, *models]
+        child = [sys.executable, "-m", "benchmarks.foreseen", "--child", method, out, *models]
         usage = run(child, HERE, OFFLINE)
         found = json.loads(usage.output.splitlines()[-1])
         rows.append({"method": method, **found, "peak": usage.peak})
@@ -37,7 +49,13 @@ def main() -> None:
         given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def child(method: str, base: Path, experts: list[Path]) -> None:
+def _made(folder: Path) -> list[str]:
+    """Base and experts of benchmarks.models, in a child: torch would make this process large."""
+    command = [sys.executable, "-m", "benchmarks.models", str(folder)]
+    return run(command, HERE, OFFLINE).output.splitlines()[-MODELS:]
+
+
+def child(method: str, folder: Path, base: Path, experts: list[Path]) -> None:
     """Print what one merge was foreseen to take, and took; the median of three."""
     import torch  # noqa: PLC0415 - the parent must stay small, see child.py
 
@@ -46,7 +64,7 @@ def child(method: str, base: Path, experts: list[Path]) -> None:
     from poemerge.merging.plan import plan_merge  # noqa: PLC0415
     from poemerge.merging.rates import Rates  # noqa: PLC0415
 
-    out = base.parent / "merged" / f"foreseen-{method}"
+    out = folder / f"foreseen-{method}"
     rates = Rates.measured(torch.device("cpu"))
     with plan_merge(base, name_experts(experts), method, {}) as plan:
         todo = jobs(plan)
@@ -66,6 +84,7 @@ def child(method: str, base: Path, experts: list[Path]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=lambda text: Path(text).resolve(), help="for the models")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="a base and experts of yours")
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     return parser.parse_args()
@@ -73,6 +92,7 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--child":
-        child(sys.argv[2], Path(sys.argv[3]), [Path(text) for text in sys.argv[4:]])
+        folder, base, *experts = map(Path, sys.argv[3:])
+        child(sys.argv[2], folder, base, experts)
     else:
         main()

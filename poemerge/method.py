@@ -168,6 +168,8 @@ class Method:
         local: True if rows of a tensor can be merged apart, so that no tensor is ever too large.
         prepare: a number that it must know of each whole update before that.
         work: what a matrix takes, for `poemerge check`; None is that of a product of experts.
+        passes: what an elementwise method takes of an expert's update, in times that memory could
+            be passed over it; measured on a CPU, for `poemerge plan`.
     """
 
     name: str
@@ -179,6 +181,7 @@ class Method:
     local: bool = False
     prepare: Prepare | None = None
     work: Effort | None = None
+    passes: float = 0.0
 
     @property
     def summary(self) -> str:
@@ -208,13 +211,14 @@ def register(
     local: bool = False,
     prepare: Prepare | None = None,
     work: Effort | None = None,
+    passes: float = 0.0,
 ) -> Callable[[Rule], Rule]:
     """Enter a function into the table under its own name."""
 
     def enter(rule: Rule) -> Rule:
         name = rule.__name__
         METHODS[name] = Method(
-            name, rule, settings, source, structured, factors, local, prepare, work
+            name, rule, settings, source, structured, factors, local, prepare, work, passes
         )
         return rule
 

@@ -24,6 +24,7 @@ class Machines:
         name: of one set of them.
         workers: how many.
         rates: of each.
+        room: GB of memory that each may use.
         storage: bytes a second that all of them share.
         price: of a worker, in dollars an hour.
         meaning: where the numbers come from.
@@ -32,6 +33,7 @@ class Machines:
     name: str
     workers: int
     rates: Rates
+    room: float
     storage: float
     price: float
     meaning: str
@@ -41,6 +43,7 @@ GPUS = Machines(
     name="8 GPUs",
     workers=8,
     rates=Rates(bandwidth=3e9, hashing=1.8e9, single=36e12, double=40e12, memory=2.5e12),
+    room=220.0,
     storage=10e9,
     price=3.0,
     meaning="an H200 each; 70 % of the matmul rates of the benchmarks, copies at 60 %",
@@ -49,6 +52,7 @@ CPUS = Machines(
     name="16 CPU nodes",
     workers=16,
     rates=Rates(bandwidth=1.25e9, hashing=1.8e9, single=3e12, double=1.5e12, memory=200e9),
+    room=220.0,
     storage=10e9,
     price=2.0,
     meaning="64 cores and 256 GB each, on 10 Gbit/s",
@@ -76,7 +80,12 @@ class Case:
         wanted = Wanted(str(HERE / self.config), {}, self.experts, self.rank, self.method, {})
         with wanted.planned() as plan:
             return Outlook.of(
-                plan, "cpu", machines.rates, workers=machines.workers, storage=machines.storage
+                plan,
+                "cpu",
+                machines.rates,
+                workers=machines.workers,
+                memory=machines.room,
+                storage=machines.storage,
             )
 
 
@@ -98,15 +107,15 @@ def page(cases: list[Case]) -> str:
 
 
 def _assumed() -> str:
-    head = "| workers | disk or network | shared | sha256 | fp32 | fp64 | memory | price | each |"
+    head = "| workers | disk or network | shared | sha256 | fp32 | fp64 | memory | room | price | each |"
     rows = [
         f"| {m.name} | {amount(m.rates.bandwidth, 'B/s')} | {amount(m.storage, 'B/s')} "
         f"| {amount(m.rates.hashing, 'B/s')} | {amount(m.rates.single, 'FLOP/s')} "
         f"| {amount(m.rates.double, 'FLOP/s')} | {amount(m.rates.memory, 'B/s')} "
-        f"| {m.price:.2f} $/h | {m.meaning} |"
+        f"| {m.room:.0f} GB | {m.price:.2f} $/h | {m.meaning} |"
         for m in (GPUS, CPUS)
     ]
-    return "\n".join(["## What is assumed", "", head, "|:--|" + "--:|" * 7 + ":--|", *rows])
+    return "\n".join(["## What is assumed", "", head, "|:--|" + "--:|" * 8 + ":--|", *rows])
 
 
 def _table(cases: list[Case], machines: Machines) -> Iterator[str]:

@@ -9,10 +9,14 @@ from poemerge.merging.groups import Group
 from poemerge.merging.plan import Plan
 from poemerge.poe.solver import SMALL
 from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
+from poemerge.spectrum import QR
 
-STEPS = 8  # reweightings that a heavy-tailed solve is counted with
+STEPS = 6  # reweightings of a heavy-tailed solve; adapters take 2, others up to 12
+ROUNDS_AROUND = 2  # over a system, beside one a step: the start, and the certificate
 PASSES_AROUND = 4  # over experts that come one by one, beside two a step
-PASSES = 12  # over an update, by an elementwise method
+PASSES_ROUND = 4  # over precisions and targets of all experts
+CHOLESKY = 5  # a factorisation's operations in those of a matrix product; measured on CPUs
+BACKWARD = 1.5  # likewise of solving with it
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,11 @@ class Cost:
     Attributes:
         read: bytes of the base and of the experts, as they are stored.
         written: bytes of the merged weights.
-        single: floating-point operations in fp32.
+        single: floating-point operations in fp32, in those of a matrix product (a factorisation
+            counts several times).
         double: in fp64.
         traffic: bytes through the memory, beside those operations.
+        tensors: of base and experts, that are found, looked at and entered in the records.
     """
 
     read: float = 0.0
@@ -32,6 +38,7 @@ class Cost:
     single: float = 0.0
     double: float = 0.0
     traffic: float = 0.0
+    tensors: float = 0.0
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -52,10 +59,10 @@ def cost_of(group: Group, plan: Plan) -> Cost:
     size = sum(info.bytes for info in group.tensors)
     stored = sum(_stored(info, group, plan) for info in group.tensors)
     read = size + stored * (PASSES_AROUND + 2 * _steps(plan) if group.streamed else 1)
-    flops, traffic = _flops(group, plan), len(group.tensors) * _traffic(group, plan)
-    if _is_exact(group, plan):
-        return Cost(read, size, double=flops, traffic=traffic)
-    return Cost(read, size, single=flops, traffic=traffic)
+    tensors = len(group.tensors)
+    flops, traffic = (tensors * each for each in _effort(group, plan))
+    rest = Cost(read, size, traffic=traffic, tensors=tensors * (1 + len(group.voters)))
+    return rest + (Cost(double=flops) if _is_exact(group, plan) else Cost(single=flops))
 
 
 def _stored(info: TensorInfo, group: Group, plan: Plan) -> int:
@@ -75,38 +82,39 @@ def _is_exact(group: Group, plan: Plan) -> bool:
     return small or group.in_factors or plan.method.work is not None
 
 
-def _flops(group: Group, plan: Plan) -> float:
-    """Of all tensors of the group."""
+def _effort(group: Group, plan: Plan) -> tuple[float, float]:
+    """Operations and traffic of one tensor: base and result, the experts' updates, the method."""
+    voters = len(group.voters)
+    traffic = 4.0 * group.size * (6 + 2 * voters)
+    if group.rule == FORMULA:
+        return 0.0, traffic + 4.0 * group.size * voters * plan.method.passes
     if group.rule not in {MATRIX, VOCABULARY}:
-        return 0.0
+        return 0.0, traffic
     if plan.method.work is not None:
-        return len(group.tensors) * plan.method.work(group.matrix).flops
-    return len(group.tensors) * _product_flops(group, plan)
+        return plan.method.work(group.matrix).flops, traffic
+    flops, around = _product(group, plan)
+    return flops, traffic + around
 
 
-def _product_flops(group: Group, plan: Plan) -> float:
-    """Of one matrix, solved as a product of experts."""
+def _product(group: Group, plan: Plan) -> tuple[float, float]:
+    """Operations and traffic of one matrix, solved as a product of experts."""
     rows, columns = group.shape
     feature = group.rule == VOCABULARY or getattr(plan.settings, "acts_on", "") == "input"
     side, other = (columns, rows) if feature else (rows, columns)
     factor = 0.0
     if group.in_factors:
         rank = group.joint_rank
-        factor = 4.0 * (rows + columns) * rank**2 + 2.0 * rows * columns * rank
+        factor = 4.0 * QR * (rows + columns) * rank**2 + 2.0 * rows * columns * rank
         side, other = min(side, rank), min(other, rank)
-    forms = 4.0 * len(group.voters) * side**2 * other
-    steps = _steps(plan)
+    voters, steps = len(group.voters), _steps(plan)
+    forms = 4.0 * voters * side**2 * other
     if group.streamed:
         forms *= PASSES_AROUND + 2 * steps
-    return factor + forms + steps * (4.0 * side**2 * other + side**3 / 3)
+    rounds = ROUNDS_AROUND + steps
+    solves = rounds * ((2 + 2 * BACKWARD) * side**2 * other + CHOLESKY * side**3 / 3)
+    entries = voters * side * (side + other) * (2 if _is_exact(group, plan) else 1)
+    return factor + forms + solves, 4.0 * entries * rounds * PASSES_ROUND
 
 
 def _steps(plan: Plan) -> int:
-    return STEPS if hasattr(plan.settings, "max_steps") else 1
-
-
-def _traffic(group: Group, plan: Plan) -> float:
-    """Of one tensor: base and result, and the updates of elementwise methods."""
-    size = 4.0 * group.size
-    elementwise = group.rule == FORMULA and not plan.method.factors(plan.settings)
-    return size * (6 + (PASSES * len(group.voters) if elementwise else 2 * len(group.voters)))
+    return STEPS if hasattr(plan.settings, "max_steps") else 0

@@ -78,7 +78,8 @@ def streamed(
     def mark(group: Group) -> Group:
         if not _may_stream(group, settings):
             return group
-        first = next(group.batches(SMALLEST, local=False))
+        together = replace(group, streamed=False)  # whatever another budget asked for
+        first = next(together.batches(SMALLEST, local=False))
         return replace(group, streamed=_batch_peak(first, method, settings, 0) > room)
 
     return tuple(map(mark, groups))

@@ -11,8 +11,10 @@ import torch
 
 from poemerge.merging.cost import Cost
 
-PROBE = 768  # side of the matrix product that measures arithmetic
-PROBE_BYTES = 16 << 20
+PROBE = 1024  # side of the matrix product that measures arithmetic
+PROBE_BYTES = 64 << 20  # more than caches hold
+PROBE_SECONDS = 0.5  # for each rate
+EACH = 3.5e-4  # seconds a tensor, beside what its size takes; measured on CPUs
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Rates:
     Attributes:
         bandwidth: bytes a second, read from or written to where the checkpoints lie.
         hashing: bytes a second through sha256; every byte read or written is hashed once.
-        single: floating-point operations a second, in fp32.
+        single: floating-point operations a second, of a matrix product in fp32.
         double: in fp64.
         memory: bytes a second through its memory.
     """
@@ -42,6 +44,7 @@ class Rates:
             "fp32 arithmetic": cost.single / self.single,
             "fp64 arithmetic": cost.double / self.double,
             "memory traffic": cost.traffic / self.memory,
+            "handling tensors": cost.tensors * EACH,
         }
 
     def total(self, cost: Cost) -> float:
@@ -71,13 +74,15 @@ NOMINAL = Rates(bandwidth=1e9, hashing=1e9, single=1e11, double=5e10, memory=1e1
 
 
 def _flop_rate(device: torch.device, dtype: torch.dtype) -> float:
-    matrix = torch.ones(PROBE, PROBE, dtype=dtype, device=device)
+    matrix = torch.rand(PROBE, PROBE, dtype=dtype, device=device)
     return 2.0 * PROBE**3 / _seconds(lambda: float((matrix @ matrix)[0, 0]))
 
 
 def _pass_rate(device: torch.device) -> float:
-    vector = torch.ones(PROBE_BYTES // 4, device=device)
-    return 2.0 * PROBE_BYTES / _seconds(lambda: float((vector + vector)[0]))
+    """Between tensors that are there already: new ones would time the system's paging."""
+    given = torch.ones(PROBE_BYTES // 4, device=device)
+    made = torch.empty_like(given)
+    return 2.0 * PROBE_BYTES / _seconds(lambda: float(torch.add(given, 1, out=made)[0]))
 
 
 def _hash_rate() -> float:
@@ -99,10 +104,10 @@ def _storage_rate() -> float:
 
 
 def _seconds(probe: Callable[[], object]) -> float:
-    """Best of three: the machine's rate, not its mood."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
+    """The mean of as many as fit, after one that warms up: a merge meets every mood, too."""
+    probe()
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < PROBE_SECONDS:
         probe()
-        times.append(time.perf_counter() - start)
-    return max(min(times), 1e-9)
+        count += 1
+    return passed / count

@@ -74,6 +74,7 @@ class Walk:
                 with shortages(batch.tensors[0].name):
                     self._merge(batch, loaded, outputs)
                 tell(len(outputs[0].ledger.tensors))
+        give_back()
 
     def batches(
         self, files: Collection[str] | None = None

@@ -27,7 +27,11 @@ class DareSettings(TiesSettings):
     )
 
 
-@register(settings=DareSettings, source="Yu et al. 2024, arXiv 2311.03099")
+@register(
+    settings=DareSettings,
+    source="Yu et al. 2024, arXiv 2311.03099",
+    passes=100.0,  # most of them to draw masks
+)
 def dare_ties(stack: Stack, settings: DareSettings, call: Call) -> Merged:
     """Drop entries at random, rescale the rest to keep the expectation, then TIES."""
     dropped = drop_and_rescale(stack.dense(), settings.drop, call.seeds)

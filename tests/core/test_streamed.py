@@ -159,6 +159,19 @@ def test_a_merge_streams_what_does_not_fit(
         assert gap < 1e-3 * torch.linalg.norm(weight - load_file(base / "model.safetensors")[name])
 
 
+def test_what_was_fitted_before_is_fitted_alike(
+    many: tuple[Path, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+    with plan_merge(*many, "cauchy_poe", {}) as plan:
+        for room in range(16, 28):
+            monkeypatch.setitem(memory.ROOM, "cpu", 1 << room)
+            fitted = plan.fitted(torch.device("cpu"))
+            assert fitted.fitted(torch.device("cpu")).groups == fitted.groups
+            found.add(tuple(group.streamed for group in fitted.groups))
+    assert len(found) > 1
+
+
 def test_a_broken_expert_is_named_when_streamed_too(
     many: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def test_more_storage_or_bandwidth_is_quicker(zoo: Zoo) -> None:
     base = zoo.base("bfloat16", sharded=True)
     common = ("--base", base, "--experts", 2, "--method", "average", "--workers", 2, "--json")
     fast = json.loads(plan(*common))["schedules"]["2"]
-    slow = json.loads(plan(*common, "--storage", 0.1))["schedules"]["2"]
+    slow = json.loads(plan(*common, "--storage", 0.001))["schedules"]["2"]
     assert slow["seconds"] > 5 * fast["seconds"]
     assert slow["bottleneck"] == "reading"
 
@@ -86,6 +86,7 @@ def test_rates_that_are_not_given_are_measured() -> None:
 
 
 def test_the_page_on_scale_says_what_its_command_gives() -> None:
-    case = next(case for case in CASES if case.method == "average")
-    (row,) = page([case]).splitlines()[-1:]
-    assert row in (ROOT / PAGE).read_text(encoding="utf-8").splitlines()
+    known = (ROOT / PAGE).read_text(encoding="utf-8").splitlines()
+    wanted = [case for case in CASES if case.model == "70 B" and case.method != "ties"]
+    for row in page(wanted).splitlines():
+        assert row in known
