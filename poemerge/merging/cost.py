@@ -13,7 +13,7 @@ from poemerge.spectrum import QR
 
 STEPS = 6  # reweightings of a heavy-tailed solve; adapters take 2, others up to 12
 ROUNDS_AROUND = 2  # over a system, beside one a step: the start, and the certificate
-PASSES_AROUND = 4  # over experts that come one by one, beside two a step
+PASSES_AROUND = 5  # over experts that come one by one, beside two a step
 PASSES_ROUND = 4  # over precisions and targets of all experts
 CHOLESKY = 5  # a factorisation's operations in those of a matrix product; measured on CPUs
 BACKWARD = 1.5  # likewise of solving with it

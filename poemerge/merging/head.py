@@ -166,7 +166,7 @@ def _streamed(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     text = f"The experts of {listed(names, 1)} do not fit in memory together and came one by one"
-    return [f"{text}, twice for each step."]
+    return [f"{text}, twice for each step; with a larger `memory` they would be held."]
 
 
 def _spilled(names: Sequence[str]) -> list[str]:
