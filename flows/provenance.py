@@ -25,17 +25,18 @@ def history(ref: str) -> Made:
     return trace(ref, (ARTIFACTS, RUNS))
 
 
-def verify(ref: str, sources: Sequence[str] = ()) -> Verification:
+def verify(ref: str, sources: Sequence[str] = (), *, remote: bool = False) -> Verification:
     """Hash everything again that can be reached from a model.
 
     Args:
         ref: a folder, `models:/...` or `dvc://...`.
         sources: `NAME=DIR` for sources that lie elsewhere than their records say.
+        remote: True if object storage that a record names may be asked.
 
     Raises:
         PoemergeError: there is no such model, or its record cannot be had.
     """
-    return check(ref, _reach(sources))
+    return check(ref, _reach(sources, remote=remote))
 
 
 def reproduce(
@@ -52,17 +53,17 @@ def reproduce(
     Raises:
         PoemergeError: it is no merge, or a source cannot be had as it was.
     """
-    return repeat(ref, out, _reach(sources), _fetch, progress)
+    return repeat(ref, out, _reach(sources, remote=True), _fetch, progress)
 
 
-def _reach(sources: Sequence[str]) -> Reach:
+def _reach(sources: Sequence[str], *, remote: bool) -> Reach:
     given = {}
     for text in sources:
         name, equals, folder = text.partition("=")
         if not equals or not Path(folder).exists():
             raise SettingError(f"--source {text} names no place; write NAME=DIR.")
         given[name] = Path(folder)
-    return Reach(_locate, (ARTIFACTS, RUNS, cache()), given)
+    return Reach(_locate, (ARTIFACTS, RUNS, cache()), given, remote)
 
 
 def _locate(address: str) -> Path | None:

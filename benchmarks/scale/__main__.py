@@ -107,7 +107,9 @@ def page(cases: list[Case]) -> str:
 
 
 def _assumed() -> str:
-    head = "| workers | disk or network | shared | sha256 | fp32 | fp64 | memory | room | price | each |"
+    columns = ("disk or network", "shared", "sha256", "fp32", "fp64", "memory", "room", "price")
+    head = f"| workers | {' | '.join(columns)} | each |"
+    line = f"|:--|{'--:|' * len(columns)}:--|"
     rows = [
         f"| {m.name} | {amount(m.rates.bandwidth, 'B/s')} | {amount(m.storage, 'B/s')} "
         f"| {amount(m.rates.hashing, 'B/s')} | {amount(m.rates.single, 'FLOP/s')} "
@@ -115,7 +117,7 @@ def _assumed() -> str:
         f"| {m.room:.0f} GB | {m.price:.2f} $/h | {m.meaning} |"
         for m in (GPUS, CPUS)
     ]
-    return "\n".join(["## What is assumed", "", head, "|:--|" + "--:|" * 8 + ":--|", *rows])
+    return "\n".join(["## What is assumed", "", head, line, *rows])
 
 
 def _table(cases: list[Case], machines: Machines) -> Iterator[str]:

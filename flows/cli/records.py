@@ -65,10 +65,16 @@ def lineage(refs: Sequence[str], *, as_json: bool, diff: bool) -> None:
 @click.command(epilog=REF)
 @click.argument("ref", metavar="REF")
 @sources_option
+@click.option("--remote", is_flag=True, help="Ask object storage for its tags of sources there.")
 @click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature too.")
 @signature_option
 def verify(
-    ref: str, sources: Sequence[str], public_key: Path | None, signature: Path | None
+    ref: str,
+    sources: Sequence[str],
+    *,
+    remote: bool,
+    public_key: Path | None,
+    signature: Path | None,
 ) -> None:
     """Hash everything again that a model is and was made from; exit 1 if it does not hold.
 
@@ -89,7 +95,7 @@ def verify(
         check_signature(folder, public_key, signature or signature_of(folder))
         click.echo(f"{ref}: every file is as it was signed")
     with waiting("hashing"):
-        found = check(ref, sources)
+        found = check(ref, sources, remote=remote)
     show_verification(found)
     if found.problems:
         sys.exit(1)

@@ -10,6 +10,8 @@ from typing import Literal
 from poemerge.errors import PoemergeError
 from poemerge.lineage import Lineage, Source, sha256
 from poemerge.names import stays_inside
+from poemerge.remote.places import is_url
+from poemerge.remote.stand_ins import at_hand
 from poemerge.statement import GIT
 from tasks.provenance.model import DVC, opened
 from tasks.provenance.shelves import Shelves
@@ -56,11 +58,14 @@ class Reach:
         locate: a source's address → folder or file on this machine, None if it lies elsewhere.
         roots: folders with fetched sources and older merges, known by their records.
         given: name of a source → where the user says that it lies.
+        remote: True if storage that a record names may be asked (s3:// and such): for config,
+            tokenizer and headers, and for the tags of weights.
     """
 
     locate: Callable[[str], Path | None]
     roots: tuple[Path, ...] = ()
     given: Mapping[str, Path] = field(default_factory=dict)
+    remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,10 +163,22 @@ class Search:
             except PoemergeError:
                 return
             yield pinned, model.files
+        elif is_url(source.uri):
+            yield from self._stored(source)
         elif source.uri:
             path = self.reach.locate(source.uri)
             if path is not None and path.exists():
                 yield path, _listed(path, source.files)
+
+    def _stored(self, source: Source) -> Iterator[Place]:
+        """A stand-in of what lies elsewhere, whose weights are known by the storage's tags."""
+        if not self.reach.remote:
+            return
+        try:
+            (folder,) = self.stack.enter_context(at_hand([source.uri]))
+        except PoemergeError:
+            return
+        yield folder, _listed(folder, source.files)
 
 
 def found_at(
@@ -170,7 +187,7 @@ def found_at(
     """What a place has of a source."""
     files = _listed(Path(place), source.files) if files is None else files
     states = dict(compare(source.files, files))
-    where = "" if set(states.values()) == {"missing"} else str(place)
+    where = "" if set(states.values()) == {"missing"} else f"{place}"
     address = " @ ".join(filter(None, (source.uri, source.revision))) or NOWHERE
     return Found(Check(role, address, where, states), place, files)
 

@@ -49,3 +49,19 @@ def test_a_plan_of_headers(sources: list[str]) -> None:
     found = json.loads(command("plan", *sources, "--json", *rates))
     assert found["jobs"] == 7
     assert found["cost"]["read"] > 0
+
+
+def test_what_was_merged_from_there_is_verified_and_made_again(
+    zoo: Zoo, storage: Storage, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command("merge", *sources, "--out", "merged")
+    told = ["merged", "--source", f"b={zoo.adapter(2)}"]  # of no address, since it was absolute
+    assert " 0 missing" not in command("verify", *told)
+    assert "0 missing, 0 changed" in command("verify", *told, "--remote")
+    assert "equal, byte by byte" in command("reproduce", *told)
+    url = storage.upload(zoo.full(2), zoo.full(1).name)
+    changed = command("verify", *told, "--remote", code=1)
+    assert f"changed {url}: model.safetensors" in changed
+    refused = command("reproduce", *told, code=1)
+    assert f"a ({url}) has other bytes in model.safetensors" in refused
