@@ -1,5 +1,7 @@
 """`poemerge plan` in the terminal."""
 
+from collections.abc import Mapping
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,6 +37,22 @@ def show_outlook(outlook: Outlook, title: str) -> None:
         console.print(f"{text}, and smaller shards of the base would spread better")
     for note in outlook.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
+
+
+def show_comparison(outlooks: Mapping[str, Outlook], title: str) -> None:
+    """What every method takes, the quickest first, with as many workers as were asked for."""
+    workers = max(next(iter(outlooks.values())).schedules)
+    table = Table(title=f"{title}, {_count(workers, 'worker')}", title_justify="left")
+    table.add_column("method")
+    for column in ("reads", "fp32", "fp64", "memory of a worker", "time"):
+        table.add_column(column, justify="right")
+    table.add_column("most of it is")
+    for name, each in sorted(outlooks.items(), key=lambda item: item[1].schedules[workers].seconds):
+        cost, made = each.cost, each.schedules[workers]
+        operations = (amount(cost.single, "FLOP"), amount(cost.double, "FLOP"))
+        takes = (amount(cost.read, "B"), *operations, amount(each.peak_bytes, "B"))
+        table.add_row(name, *takes, span(made.seconds), made.bottleneck)
+    console.print(table)
 
 
 def _count(number: int, thing: str) -> str:

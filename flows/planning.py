@@ -1,9 +1,10 @@
 """What a merge would take on other machines: jobs, bytes, operations, memory, time."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,20 +32,16 @@ class Wanted:
         experts: name → likewise.
         count: experts of which there is nothing yet, like the base in all but their numbers.
         rank: of those, if they are LoRA adapters on every matrix; None for full fine-tunes.
-        method: of merging.
-        settings: of the method.
     """
 
     base: str
     experts: Mapping[str, str]
     count: int
     rank: int | None
-    method: str
-    settings: Mapping[str, Any]
 
     @contextmanager
-    def planned(self) -> Iterator[Plan]:
-        """Its plan, over headers that are there as long as the block lasts."""
+    def headers(self) -> Iterator[Callable[[str, Mapping[str, Any]], Plan]]:
+        """What plans a method with its settings, over headers that the block has at hand."""
         with tempfile.TemporaryDirectory(prefix="poemerge-plan-") as room:
             folder = Path(room)
             base = open_headers(self.base, folder / "base")
@@ -52,8 +49,7 @@ class Wanted:
             for index in range(self.count):
                 name = f"expert-{index}"
                 experts[name] = self._imagined(base, folder / name)
-            with plan_merge(base, experts, self.method, self.settings, HEADERS) as plan:
-                yield plan
+            yield partial(plan_merge, base, experts, terms=HEADERS)
 
     def _imagined(self, base: Path, folder: Path) -> Path:
         if self.rank is None:

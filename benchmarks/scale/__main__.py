@@ -77,8 +77,8 @@ class Case:
 
     def outlook(self, machines: Machines) -> Outlook:
         """What it takes there."""
-        wanted = Wanted(str(HERE / self.config), {}, self.experts, self.rank, self.method, {})
-        with wanted.planned() as plan:
+        wanted = Wanted(str(HERE / self.config), {}, self.experts, self.rank)
+        with wanted.headers() as plan_of, plan_of(self.method, {}) as plan:
             return Outlook.of(
                 plan,
                 "cpu",

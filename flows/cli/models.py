@@ -225,7 +225,12 @@ def check(
 )
 @click.option("--experts", "count", default=0, metavar="N", help="So many more, like the base.")
 @click.option("--rank", type=click.IntRange(min=1), help="Those are LoRA of this rank. [full]")
-@method_option
+@click.option(
+    "--method",
+    default="cauchy_poe",
+    show_default=True,
+    help="See `poemerge methods`; `all` compares them.",
+)
 @set_option
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1))
 @device_option
@@ -265,19 +270,27 @@ def plan(
     import json
 
     from flows.cli.options import named
+    from flows.console import waiting
     from flows.overrides import parse_settings
-    from flows.plan_table import show_outlook
+    from flows.plan_table import show_comparison, show_outlook
     from flows.planning import GIGA, Outlook, Wanted, rates_of
+    from poemerge.methods import METHODS
 
     sources = named(experts)
     if not sources and count < 1:
         raise click.UsageError("Give --expert or --experts, or both.")
-    wanted = Wanted(base, sources, count, rank, method, parse_settings(overrides))
-    shared = None if storage is None else storage * GIGA
-    with wanted.planned() as planned:
+    settings, title = parse_settings(overrides), f"of {len(sources) + count} experts"
+    choices["storage"] = None if storage is None else storage * GIGA
+    found = {}
+    with waiting("planning"), Wanted(base, sources, count, rank).headers() as plan_of:
         known = rates_of(rates, device)
-        outlook = Outlook.of(planned, device, known, storage=shared, **choices)
+        for name in sorted(METHODS) if method == "all" else [method]:
+            with plan_of(name, settings) as planned:
+                found[name] = Outlook.of(planned, device, known, **choices)
     if as_json:
-        click.echo(json.dumps(outlook.as_json(), indent=2))
-        return
-    show_outlook(outlook, f"{method} of {len(sources) + count} experts")
+        told = {name: outlook.as_json() for name, outlook in found.items()}
+        click.echo(json.dumps(told if method == "all" else told[method], indent=2))
+    elif method == "all":
+        show_comparison(found, f"every method, {title}")
+    else:
+        show_outlook(found[method], f"{method} {title}")

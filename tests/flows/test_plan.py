@@ -11,6 +11,7 @@ from flows.cli import main
 from flows.planning import rates_of
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SettingError, SourceError
+from poemerge.methods import METHODS
 from tasks.fetch.headers import open_headers
 from tests.zoo import Zoo, config
 
@@ -48,6 +49,17 @@ def test_what_it_takes_is_told(zoo: Zoo) -> None:
     assert three["seconds"] < one["seconds"] < 3.01 * three["seconds"]
     placed = [file for load in three["jobs"] for file in load]
     assert sorted(placed) == sorted(path.name for path in base.glob("*.safetensors"))
+
+
+def test_methods_are_compared(zoo: Zoo) -> None:
+    shown = plan("--base", zoo.base(), "--experts", 3, "--workers", 2, "--method", "all")
+    assert "every method, of 3 experts, 2 workers" in shown
+    rows = [line.split()[1] for line in shown.splitlines() if line.startswith("│")]
+    assert sorted(rows) == sorted(METHODS)
+    found = json.loads(plan("--base", zoo.base(), "--experts", 3, "--method", "all", "--json"))
+    times = [found[name]["schedules"]["1"]["seconds"] for name in rows]
+    assert times == sorted(times)
+    assert found["tsv_m"]["cost"]["double"] > 0 == found["ties"]["cost"]["double"]
 
 
 def test_more_storage_or_bandwidth_is_quicker(zoo: Zoo) -> None:
