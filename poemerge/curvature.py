@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poemerge.checkpoint import TensorFiles, TensorInfo
 from poemerge.errors import CheckpointError, SettingError
-from poemerge.expert_files import check_finite
+from poemerge.experts.values import check_finite
 from poemerge.poe.experts import PRECISIONS
 from poemerge.poe.settings import ProductSettings
 from poemerge.settings import Settings

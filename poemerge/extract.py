@@ -11,7 +11,7 @@ from poemerge.atomic import new_folder
 from poemerge.checkpoint import Checkpoint
 from poemerge.device import STORED, describe_device, pick_device
 from poemerge.errors import SettingError
-from poemerge.expert_files import Expert, open_expert
+from poemerge.experts import Expert, open_expert
 from poemerge.extracting.report import ExtractReport
 from poemerge.extracting.rules import Policy
 from poemerge.extracting.walk import Extraction

@@ -14,7 +14,7 @@ from torch import Tensor
 from poemerge.checkpoint import Checkpoint
 from poemerge.device import describe_device, pick_device, split_devices
 from poemerge.errors import SettingError
-from poemerge.expert_files import open_expert
+from poemerge.experts import open_expert
 from poemerge.fitting import check_tie
 from poemerge.lineage import Lineage, Source, core_code
 from poemerge.merging.choices import Choices, Draws

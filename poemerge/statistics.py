@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poemerge.checkpoint import Checkpoint, TensorInfo
-from poemerge.expert_files import Expert, open_expert
+from poemerge.experts import Expert, open_expert
 from poemerge.rules import is_tied_head
 from poemerge.token_rows import BASE
 from poemerge.update import LowRank, Update

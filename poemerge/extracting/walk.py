@@ -12,7 +12,8 @@ from torch import Tensor
 from poemerge.adapter_files import Whole, write_adapter
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.errors import CheckpointError, NumericalError
-from poemerge.expert_files import Expert, check_finite, is_finite
+from poemerge.experts import Expert
+from poemerge.experts.values import check_finite, is_finite
 from poemerge.extracting.card import write_card
 from poemerge.extracting.report import ExtractReport, TensorOutcome, lacking, losses
 from poemerge.extracting.rules import (

@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
 from poemerge.device import STORED
-from poemerge.expert_files import Expert, check_finite
+from poemerge.experts import Expert
+from poemerge.experts.values import check_finite
 from poemerge.merging.terms import Terms
 from poemerge.rules import is_tied_head, is_vocabulary
 

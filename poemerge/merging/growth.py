@@ -15,7 +15,8 @@ from torch import Tensor
 from poemerge.atomic import write_json
 from poemerge.checkpoint import Checkpoint, TensorInfo, read_json
 from poemerge.errors import CheckpointError
-from poemerge.expert_files import Expert, check_finite
+from poemerge.experts import Expert
+from poemerge.experts.values import check_finite
 from poemerge.rules import is_tied_head, is_vocabulary
 from poemerge.settings import Settings
 from poemerge.vocabulary import TOKENIZER, Vocabulary, add_tokens, read_vocabulary

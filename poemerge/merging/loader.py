@@ -9,7 +9,8 @@ from torch import Tensor
 from poemerge import linalg
 from poemerge.checkpoint import TensorInfo
 from poemerge.errors import CheckpointError
-from poemerge.expert_files import Expert, check_finite, is_finite
+from poemerge.experts import Expert
+from poemerge.experts.values import check_finite, is_finite
 from poemerge.merging.groups import Batch
 from poemerge.merging.memory import shortages
 from poemerge.merging.plan import Plan

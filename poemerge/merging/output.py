@@ -11,7 +11,7 @@ from poemerge import linalg
 from poemerge.adapter_files import write_adapter
 from poemerge.checkpoint import TensorInfo
 from poemerge.device import STORED
-from poemerge.expert_files import AdapterExpert
+from poemerge.experts.adapted import AdapterExpert
 from poemerge.layout import ADAPTER
 from poemerge.lineage import sha256
 from poemerge.merging.choices import Choices

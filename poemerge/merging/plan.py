@@ -15,7 +15,7 @@ import torch
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.curvature import Curvature
 from poemerge.errors import CheckpointError, SettingError
-from poemerge.expert_files import Expert, open_expert
+from poemerge.experts import Expert, open_expert
 from poemerge.fitting import check_tie
 from poemerge.merging.cuts import check_cuts, cut_for
 from poemerge.merging.findings import findings

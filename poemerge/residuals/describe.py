@@ -10,7 +10,8 @@ import torch
 
 from poemerge.checkpoint import Checkpoint, TensorInfo
 from poemerge.errors import CheckpointError, SettingError
-from poemerge.expert_files import Expert, check_finite, open_expert
+from poemerge.experts import Expert, open_expert
+from poemerge.experts.values import check_finite
 from poemerge.lineage import Lineage, sha256
 from poemerge.merging.apply import seed_of
 from poemerge.progress import Progress, silent
