@@ -8,10 +8,10 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from poemerge.checkpoint import TensorFiles
 from poemerge.errors import CheckpointError
 from poemerge.layout import ADAPTER
 from poemerge.lora_config import LoraConfig
+from poemerge.tensor_files import TensorFiles
 from poemerge.update import LowRank
 
 CONFIG = "adapter_config.json"

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poemerge.checkpoint import TensorFiles, TensorInfo
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.experts.values import check_finite
 from poemerge.poe.experts import PRECISIONS
 from poemerge.poe.settings import ProductSettings
 from poemerge.settings import Settings
+from poemerge.tensor_files import TensorFiles, TensorInfo
 
 
 class Curvature:

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from poemerge.adapter import Adapter
-from poemerge.checkpoint import Checkpoint, TensorFiles, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError
 from poemerge.rules import is_head, is_tied_head, is_vocabulary, repeats_embedding
+from poemerge.tensor_files import TensorFiles, TensorInfo
 
 Shapes = Mapping[str, tuple[int, ...]]  # by the name of the tensor
 

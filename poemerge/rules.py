@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
+from poemerge.tensor_files import TensorInfo
 
 MATRIX = "matrix"  # solved by a structured method
 VOCABULARY = "vocabulary"  # solved on the feature side: tokens × tokens would not fit

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.experts import Expert, open_expert
 from poemerge.rules import is_tied_head
+from poemerge.tensor_files import TensorInfo
 from poemerge.token_rows import BASE
 from poemerge.update import LowRank, Update
 

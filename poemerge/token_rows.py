@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poemerge.checkpoint import Checkpoint, TensorFiles
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError
+from poemerge.tensor_files import TensorFiles
 from poemerge.vocabulary import Vocabulary, read_vocabulary, same_vocabulary
 
 REFUSE, PAD, BASE = "refuse", "pad", "base"

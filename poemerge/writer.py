@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from poemerge.checkpoint import DTYPES
+from poemerge.tensor_files import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from poemerge.adapter import is_adapter
-from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.experts.adapted import AdapterExpert
 from poemerge.experts.full import FullExpert
+from poemerge.tensor_files import Rows, TensorInfo
 from poemerge.token_rows import REFUSE, TokenRows
 from poemerge.update import LowRank, Update
 

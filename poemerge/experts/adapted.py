@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from poemerge.adapter import Adapter
-from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError
 from poemerge.experts.values import check_finite, subtract
 from poemerge.fitting import (
@@ -19,6 +19,7 @@ from poemerge.fitting import (
     untied_target,
 )
 from poemerge.rules import is_head
+from poemerge.tensor_files import Rows, TensorInfo
 from poemerge.token_rows import TokenRows, match_rows
 from poemerge.update import Dense, LowRank, Update
 

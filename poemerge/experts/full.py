@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.experts.values import check_finite, subtract
 from poemerge.fitting import (
     align,
@@ -17,6 +17,7 @@ from poemerge.fitting import (
     untied_tensor,
 )
 from poemerge.rules import is_head
+from poemerge.tensor_files import Rows, TensorInfo
 from poemerge.token_rows import TokenRows, match_rows
 from poemerge.update import Dense, LowRank, Update
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from poemerge.checkpoint import Rows, TensorFiles
 from poemerge.errors import CheckpointError
+from poemerge.tensor_files import Rows, TensorFiles
 from poemerge.token_rows import gather
 
 

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SettingError
 from poemerge.rules import is_head, is_vocabulary
+from poemerge.tensor_files import TensorInfo
 
 FACTORS = "factors"
 WHOLE = "kept whole"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poemerge.adapter_files import Whole, write_adapter
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError, NumericalError
 from poemerge.experts import Expert
 from poemerge.experts.values import check_finite, is_finite
@@ -33,6 +33,7 @@ from poemerge.layout import ADAPTER
 from poemerge.lineage import Lineage, Source
 from poemerge.progress import Progress
 from poemerge.rules import is_head, is_tied_head, is_vocabulary
+from poemerge.tensor_files import TensorInfo
 from poemerge.truncate import best_rank, relative_error
 from poemerge.update import LowRank, Update
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Self
 
-from poemerge.checkpoint import TensorInfo
 from poemerge.merging.groups import Group
 from poemerge.merging.plan import Plan
 from poemerge.poe.solver import SMALL
 from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
 from poemerge.spectrum import QR
+from poemerge.tensor_files import TensorInfo
 
 STEPS = 6  # reweightings of a heavy-tailed solve; adapters take 2, others up to 12
 ROUNDS_AROUND = 2  # over a system, beside one a step: the start, and the certificate

@@ -3,11 +3,12 @@
 import re
 from fnmatch import fnmatchcase
 
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SettingError
 from poemerge.method import Cut
 from poemerge.poe.settings import ProductSettings
 from poemerge.settings import Settings
+from poemerge.tensor_files import TensorInfo
 
 # Names of attention projections whose outputs, or whose inputs, are the heads' features.
 _WRITES_HEADS = re.compile(r"(^|\.)(q|k|v|query|key|value)(_proj)?\.weight$")

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from poemerge.checkpoint import Checkpoint, Rows, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.device import STORED
 from poemerge.experts import Expert
 from poemerge.experts.values import check_finite
 from poemerge.merging.terms import Terms
 from poemerge.rules import is_tied_head, is_vocabulary
+from poemerge.tensor_files import Rows, TensorInfo
 
 VALUES = 4096  # of a tensor that are looked at, in whole rows
 LEAST_ROWS = 8  # of a matrix, however long they are

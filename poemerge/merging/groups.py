@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from poemerge.checkpoint import Rows, TensorInfo
 from poemerge.method import Cut, Matrix
 from poemerge.rules import AVERAGE, COPY, FORMULA
+from poemerge.tensor_files import Rows, TensorInfo
 
 
 @dataclass(frozen=True)

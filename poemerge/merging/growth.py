@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from poemerge.atomic import write_json
-from poemerge.checkpoint import Checkpoint, TensorInfo, read_json
+from poemerge.checkpoint import Checkpoint, read_json
 from poemerge.errors import CheckpointError
 from poemerge.experts import Expert
 from poemerge.experts.values import check_finite
 from poemerge.rules import is_tied_head, is_vocabulary
 from poemerge.settings import Settings
+from poemerge.tensor_files import TensorInfo
 from poemerge.vocabulary import TOKENIZER, Vocabulary, add_tokens, read_vocabulary
 
 

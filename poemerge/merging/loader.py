@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from poemerge import linalg
-from poemerge.checkpoint import TensorInfo
 from poemerge.errors import CheckpointError
 from poemerge.experts import Expert
 from poemerge.experts.values import check_finite, is_finite
@@ -16,6 +15,7 @@ from poemerge.merging.memory import shortages
 from poemerge.merging.plan import Plan
 from poemerge.rules import COPY
 from poemerge.task_vector import DenseStack, LowRankStack, Stack, StreamedStack
+from poemerge.tensor_files import TensorInfo
 from poemerge.update import LowRank
 
 CPU = torch.device("cpu")

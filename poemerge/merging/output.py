@@ -9,7 +9,6 @@ from torch import Tensor
 
 from poemerge import linalg
 from poemerge.adapter_files import write_adapter
-from poemerge.checkpoint import TensorInfo
 from poemerge.device import STORED
 from poemerge.experts.adapted import AdapterExpert
 from poemerge.layout import ADAPTER
@@ -21,6 +20,7 @@ from poemerge.merging.loader import Loaded
 from poemerge.merging.plan import Plan
 from poemerge.merging.shards import Shard, Shards
 from poemerge.report import TensorReport
+from poemerge.tensor_files import TensorInfo
 from poemerge.truncate import best_rank
 from poemerge.update import Dense, LowRank, Update
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.curvature import Curvature
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.experts import Expert, open_expert
@@ -31,6 +31,7 @@ from poemerge.poe.settings import HeavySettings
 from poemerge.remote.stand_ins import at_hand
 from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, is_vocabulary, rule_for
 from poemerge.settings import Settings
+from poemerge.tensor_files import TensorInfo
 
 CPU = torch.device("cpu")
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from poemerge.atomic import PARTIAL, write_json
-from poemerge.checkpoint import TensorInfo
 from poemerge.errors import NumericalError
 from poemerge.layout import INDEX
 from poemerge.merging.plan import Plan
 from poemerge.merging.stream import BEHIND, Behind
 from poemerge.report import TensorReport
 from poemerge.rules import TIED
+from poemerge.tensor_files import TensorInfo
 from poemerge.writer import ShardWriter
 
 

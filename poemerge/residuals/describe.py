@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from poemerge.checkpoint import Checkpoint, TensorInfo
+from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.experts import Expert, open_expert
 from poemerge.experts.values import check_finite
@@ -18,6 +18,7 @@ from poemerge.progress import Progress, silent
 from poemerge.residuals.sampling import draw_entries, rounding_of
 from poemerge.residuals.summary import Sample, describe_matrix, describe_pool
 from poemerge.rules import is_tied_head, is_vocabulary
+from poemerge.tensor_files import TensorInfo
 from poemerge.token_rows import BASE
 
 SAMPLE = 1 << 15  # entries of a matrix

@@ -6,12 +6,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from poemerge.checkpoint import DTYPES
 from poemerge.errors import SourceError
 from poemerge.ghosts import Layout, in_shards, write_ghost
 from poemerge.layout import is_ready
 from poemerge.remote.places import locate
 from poemerge.remote.stand_ins import stand_in
+from poemerge.tensor_files import DTYPES
 from poemerge.writer import ShardWriter
 from tasks.fetch.hub import ADDRESS, endpoint, explained
 from tasks.fetch.layout import SAFETENSORS, select

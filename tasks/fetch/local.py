@@ -6,11 +6,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from poemerge.checkpoint import TensorFiles
 from poemerge.documents import check_file
 from poemerge.errors import SourceError
 from poemerge.lineage import Lineage, check_text, digest, sha256
 from poemerge.names import check_link
+from poemerge.tensor_files import TensorFiles
 from tasks.fetch.layout import PICKLES, SAFETENSORS, check_index, pickled, select
 from tasks.fetch.origin import Origin
 from tasks.fetch.pickles import convert

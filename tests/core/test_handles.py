@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from poemerge import handles
-from poemerge.checkpoint import TensorFiles
 from poemerge.errors import CheckpointError
+from poemerge.tensor_files import TensorFiles
 
 FILE = "model.safetensors"
 WEIGHT = torch.arange(6.0).reshape(2, 3)
