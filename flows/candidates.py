@@ -11,7 +11,7 @@ from typing import Any
 from flows.places import Places
 from flows.steps import merge_arguments
 from poemerge.errors import PoemergeError
-from poemerge.lineage import digest
+from poemerge.hashing import digest
 from tasks.evaluate import RESULTS, evaluate, scoring_key
 from tasks.merge import merge, merge_key
 

@@ -17,7 +17,8 @@ import tasks
 from flows import steps
 from flows.places import Places
 from flows.sections import Params
-from poemerge.lineage import core_code, digest, sha256
+from poemerge.hashing import digest, sha256
+from poemerge.lineage import core_code
 from tasks.evaluate import TOOLS, task_digests
 from tasks.fetch import UnreachableError, fetched, resolve
 from tasks.merge import curvature_hashes

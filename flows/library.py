@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flows.sections import LABEL, EvaluateParams
 from poemerge.errors import CheckpointError, SettingError
-from poemerge.lineage import digest, hash_files
+from poemerge.hashing import digest, hash_files
 from poemerge.merging.plan import plan_merge
 from poemerge.merging.terms import Terms
 from tasks import library

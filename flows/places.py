@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.sections import Params
-from poemerge.lineage import digest
+from poemerge.hashing import digest
 
 PLAIN = Path("params.yaml")  # what dvc.yaml and dvc.lock speak of
 ARTIFACTS = Path("artifacts")

@@ -22,7 +22,7 @@ from flows.turns import turn
 from poemerge.alone import alone
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
-from poemerge.lineage import digest
+from poemerge.hashing import digest
 from poemerge.settings import nearest
 from tasks.evaluate import RESULTS
 from tasks.paired import Outcomes

@@ -7,6 +7,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 MODELS = (SINGLE, INDEX, ADAPTER)  # of which a folder that the core can read has one
 FINISHED = "finished.partial"  # among the shards of a merge under way, records of those finished
+RECORD = "lineage.json"  # beside them: what made them (lineage.py)
 WEIGHTS = ".safetensors"
 TEXTS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})  # config, tokenizer, template
 

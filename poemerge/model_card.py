@@ -7,8 +7,9 @@ from typing import Any
 
 from poemerge.atomic import write_json, write_text
 from poemerge.checkpoint import read_json
-from poemerge.layout import TEXTS
-from poemerge.lineage import RECORD, Lineage, Source, check_text
+from poemerge.hashing import check_text
+from poemerge.layout import RECORD, TEXTS
+from poemerge.lineage import Lineage, Source
 from poemerge.names import check_link
 from poemerge.report import REPORT, MergeReport
 

@@ -9,7 +9,7 @@ from getpass import getuser
 from os import environ, getuid
 from typing import Literal, Self, get_args
 
-from poemerge.lineage import digest
+from poemerge.hashing import digest
 
 FORMAT = "poemerge/decision/1"  # raise it when a decision's fields change their meaning
 Kind = Literal["promotion", "refusal", "rollback", "approval", "rejection", "lost"]

@@ -6,7 +6,8 @@ from typing import Any
 
 from prefect import task
 
-from poemerge.lineage import Lineage, sha256
+from poemerge.hashing import sha256
+from poemerge.lineage import Lineage
 from tasks.progress import progress
 
 

@@ -18,8 +18,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from safetensors.numpy import load_file, save_file
 
 from flows.overrides import save_values
+from poemerge.hashing import sha256
 from poemerge.layout import SINGLE
-from poemerge.lineage import sha256
 from tests.flows.conftest import make_project
 from tests.servers import free_port, running
 from tests.zoo import Zoo

@@ -133,7 +133,7 @@ def resolve(
         wanted: `tag=value` that experts of the library have, all of them.
         hashed: False where nobody will ask for the hashes of these folders.
     """
-    from poemerge.lineage import hash_ahead
+    from poemerge.hashing import hash_ahead
 
     folders = {name: readable(s) for name, s in _checked(base, experts, wanted).items()}
     if hashed:
@@ -143,7 +143,7 @@ def resolve(
 
 def resolve_here(base: str, experts: Sequence[str]) -> dict[str, Path]:
     """The same for what reads whole tensors more than once: all of it is fetched."""
-    from poemerge.lineage import hash_ahead
+    from poemerge.hashing import hash_ahead
 
     folders = {name: local_folder(source) for name, source in _checked(base, experts).items()}
     hash_ahead(folders.values())

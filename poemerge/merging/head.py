@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from poemerge.errors import MachineError, SettingError
-from poemerge.lineage import Lineage, sha256
+from poemerge.hashing import sha256
+from poemerge.lineage import Lineage
 from poemerge.merging.assembly import Assembly
 from poemerge.merging.findings import changes_nothing
 from poemerge.merging.jobs import jobs, longest_first

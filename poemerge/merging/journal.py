@@ -14,8 +14,9 @@ from typing import Any, Self
 from poemerge.atomic import PARTIAL, write_json
 from poemerge.checkpoint import read_json
 from poemerge.errors import CheckpointError
+from poemerge.hashing import digest, sha256
 from poemerge.layout import FINISHED
-from poemerge.lineage import Lineage, digest, sha256
+from poemerge.lineage import Lineage
 from poemerge.merging.shards import Shard
 from poemerge.remote.delivery import hand_over
 from poemerge.remote.stand_ins import url_of

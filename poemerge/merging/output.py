@@ -11,8 +11,8 @@ from poemerge import linalg
 from poemerge.adapter_files import write_adapter
 from poemerge.device import STORED
 from poemerge.experts.adapted import AdapterExpert
+from poemerge.hashing import sha256
 from poemerge.layout import ADAPTER
-from poemerge.lineage import sha256
 from poemerge.merging.choices import Choices
 from poemerge.merging.groups import Batch
 from poemerge.merging.ledger import Ledger

@@ -14,8 +14,7 @@ from tempfile import TemporaryDirectory
 from poemerge.atomic import is_refusal, write_json
 from poemerge.checkpoint import read_json
 from poemerge.errors import CheckpointError, SettingError
-from poemerge.layout import FINISHED, INDEX
-from poemerge.lineage import RECORD
+from poemerge.layout import FINISHED, INDEX, RECORD
 from poemerge.remote import stand_ins
 from poemerge.remote.places import Entry, Place, last_part
 from poemerge.remote.stand_ins import Remote, StandIn

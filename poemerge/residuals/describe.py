@@ -12,7 +12,8 @@ from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError, SettingError
 from poemerge.experts import Expert, open_expert
 from poemerge.experts.values import check_finite
-from poemerge.lineage import Lineage, sha256
+from poemerge.hashing import sha256
+from poemerge.lineage import Lineage
 from poemerge.merging.apply import seed_of
 from poemerge.progress import Progress, silent
 from poemerge.residuals.sampling import draw_entries, rounding_of

@@ -11,7 +11,8 @@ from prefect import task
 
 from poemerge.atomic import write_json
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, Source, package_versions, produce, sha256
+from poemerge.hashing import sha256
+from poemerge.lineage import Lineage, Source, package_versions, produce
 from tasks.evaluate.spread import scored_by
 from tasks.evaluate.task_files import TaskFiles, find_tasks
 from tasks.evaluate.work import ScoreJob, Scores

@@ -13,7 +13,7 @@ import yaml
 
 from poemerge.documents import BY_HAND, check_tree, read_text
 from poemerge.errors import SettingError
-from poemerge.lineage import sha256
+from poemerge.hashing import sha256
 
 LOADERS = frozenset({"json", "csv", "text", "parquet", "arrow"})  # of datasets, for plain files
 

@@ -10,8 +10,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from poemerge.errors import SourceError
+from poemerge.hashing import digest, hash_files
 from poemerge.layout import is_ready
-from poemerge.lineage import Lineage, Source, digest, hash_files, package_versions, produce
+from poemerge.lineage import Lineage, Source, package_versions, produce
 from tasks.fetch.identity import STAGE, Base, identify, trained_on
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError
 from tasks.fetch.sources import give_up, open_source, resolved_once

@@ -14,7 +14,9 @@ from dvc.exceptions import DvcException
 from dvc.repo.brancher import switch
 
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD, Lineage, digest, sha256
+from poemerge.hashing import digest, sha256
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage
 from tasks.dvc_store.reference import OID, Blob, Reference, contents, repository
 from tasks.fetch.layout import find_room, flat
 from tasks.fetch.origin import Origin

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import sha256
+from poemerge.hashing import sha256
 from tasks.fetch.gguf_header import check_header
 from tasks.fetch.origin import Origin
 

@@ -25,7 +25,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from poemerge.errors import SourceError
-from poemerge.lineage import digest, sha256
+from poemerge.hashing import digest, sha256
 from tasks.fetch.growth import growing
 from tasks.fetch.layout import select
 from tasks.fetch.origin import OfflineError, Origin, UnreachableError

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from poemerge.lineage import Lineage, digest
+from poemerge.hashing import digest
+from poemerge.lineage import Lineage
 from tasks.fetch.sources import open_source
 
 STAGE = "fetch"

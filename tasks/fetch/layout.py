@@ -7,7 +7,7 @@ from pathlib import Path
 
 from poemerge.checkpoint import read_json
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD
+from poemerge.layout import RECORD
 
 SAFETENSORS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
 PICKLES = re.compile(r"(adapter_|pytorch_)model(-\d+-of-\d+)?\.bin")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from poemerge.documents import check_file
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, check_text, digest, sha256
+from poemerge.hashing import check_text, digest, sha256
+from poemerge.lineage import Lineage
 from poemerge.names import check_link
 from poemerge.tensor_files import TensorFiles
 from tasks.fetch.layout import PICKLES, SAFETENSORS, check_index, pickled, select

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD, digest
+from poemerge.hashing import digest
+from poemerge.layout import RECORD
 from tasks import versions
 from tasks.dvc_store import SCHEME, is_held
 from tasks.fetch.dvc import open_content

@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD, Lineage, digest
+from poemerge.hashing import digest
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage
 from poemerge.remote.places import Entry, Place
 from tasks.fetch.layout import select
 from tasks.fetch.origin import Origin

@@ -10,7 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from poemerge.errors import PoemergeError, SourceError
-from poemerge.lineage import RECORD, Lineage, digest, sha256
+from poemerge.hashing import digest, sha256
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage
 from tasks.dvc_store import is_held
 from tasks.paired import ITEMS, Outcomes
 from tasks.versions import (

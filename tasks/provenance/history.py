@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from poemerge.documents import read_json
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, Source, digest
+from poemerge.hashing import digest
+from poemerge.lineage import Lineage, Source
 from tasks import audit_table
 from tasks.provenance.model import Model, has_registry, opened
 from tasks.provenance.shelves import Shelves

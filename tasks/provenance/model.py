@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from poemerge.errors import PoemergeError, SettingError, SourceError
-from poemerge.lineage import RECORD, Lineage, digest
+from poemerge.hashing import digest
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage
 from tasks.tracking import DATABASE, connected, tracking_uri
 from tasks.versions import DIGEST, LOADER, download, is_ref, resolve, uri
 

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, hash_files, sha256
+from poemerge.hashing import hash_files, sha256
+from poemerge.lineage import Lineage, Source
 from poemerge.names import stays_inside
 from poemerge.progress import Progress, silent
 from tasks.provenance.difference import facts_of

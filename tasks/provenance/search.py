@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from poemerge.errors import PoemergeError
-from poemerge.lineage import Lineage, Source, sha256
+from poemerge.hashing import sha256
+from poemerge.lineage import Lineage, Source
 from poemerge.names import stays_inside
 from poemerge.remote.places import is_url
 from poemerge.remote.stand_ins import at_hand

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Self
 
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD, Lineage, digest
+from poemerge.hashing import digest
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from poemerge.lineage import RECORD, digest, forget_hashes, sha256
+from poemerge.hashing import digest, forget_hashes, sha256
+from poemerge.layout import RECORD
 from poemerge.names import listed
 from tasks.provenance.model import Model, opened
 from tasks.provenance.search import Check, Reach, Search, State, compare

@@ -9,7 +9,8 @@ from prefect import task
 
 from poemerge.atomic import write_json
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, Source, digest, produce
+from poemerge.hashing import digest
+from poemerge.lineage import Lineage, Source, produce
 from tasks.register.leaderboard import (
     KINDS,
     SPLITS,

@@ -18,8 +18,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from poemerge.atomic import write_text
-from poemerge.layout import INDEX
-from poemerge.lineage import RECORD
+from poemerge.layout import INDEX, RECORD
 from poemerge.report import REPORT
 
 NEVER = "1970-01-01 00:00:00"  # MLflow wants a time of creation, and would take the clock

@@ -9,7 +9,9 @@ from mlflow.entities import Metric, Param, RunInfo
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.time import get_current_time_millis
 
-from poemerge.lineage import RECORD, Lineage, Source, digest, hash_files
+from poemerge.hashing import digest, hash_files
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage, Source
 from tasks.dvc_store import reference
 from tasks.register.flavor import company
 from tasks.register.heatmap import heatmap

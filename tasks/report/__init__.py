@@ -11,15 +11,8 @@ from prefect import task
 
 from poemerge.atomic import write_json, write_text
 from poemerge.errors import SettingError
-from poemerge.lineage import (
-    Lineage,
-    core_code,
-    digest,
-    hash_files,
-    package_versions,
-    produce,
-    sha256,
-)
+from poemerge.hashing import digest, hash_files, sha256
+from poemerge.lineage import Lineage, core_code, package_versions, produce
 from tasks.report.diagnostics import Detail, Look, Side
 from tasks.report.numbers import FORMAT, Numbers, gather
 from tasks.report.sources import Sources, read

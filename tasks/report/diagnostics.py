@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from poemerge.lineage import Lineage, Source, core_code, digest, hash_files
+from poemerge.hashing import digest, hash_files
+from poemerge.lineage import Lineage, Source, core_code
 
 if TYPE_CHECKING:
     from tasks.report.merges import Merge

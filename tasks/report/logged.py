@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from poemerge.lineage import RECORD, digest, hash_files
+from poemerge.hashing import digest, hash_files
+from poemerge.layout import RECORD
 from tasks.report.sources import BOARD, read
 from tasks.tracking import connected, shown_uri
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from poemerge.documents import check_file, read_json
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, hash_files, sha256
+from poemerge.hashing import hash_files, sha256
+from poemerge.lineage import Lineage, Source
 
 REPORT = "merge_report.json"  # as in poemerge.report, which imports torch
 BOARD = "leaderboard.json"

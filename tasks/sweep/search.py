@@ -28,7 +28,7 @@ from sqlalchemy.event import listen
 from sqlalchemy.exc import DatabaseError
 
 from poemerge.errors import SettingError
-from poemerge.lineage import digest
+from poemerge.hashing import digest
 from tasks.sweep.space import Range, Space, Values
 
 Sampler = Literal["grid", "random", "tpe"]

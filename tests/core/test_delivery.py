@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.layout import FINISHED, INDEX
-from poemerge.lineage import RECORD, hash_files
+from poemerge.hashing import hash_files
+from poemerge.layout import FINISHED, INDEX, RECORD
 from poemerge.merge import merge_checkpoints
 from poemerge.merging import journal
 from poemerge.merging.shards import Shard

@@ -17,7 +17,8 @@ from poemerge.extract import extract_adapter
 from poemerge.extracting import rules
 from poemerge.extracting.report import ExtractReport, TensorOutcome
 from poemerge.extracting.walk import INTEGERS, SAVED_WITH, TIED
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from poemerge.merge import expert_weights, merge_checkpoints
 from tests.core.stacks import assert_close
 from tests.zoo import VOCABULARY, Zoo, add_noise, config, load, merged_by_peft, save

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import ones
 
 from poemerge.errors import SourceError
-from poemerge.lineage import RECORD, Lineage, Source, hash_files, produce
+from poemerge.hashing import hash_files
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage, Source, produce
 from poemerge.merge import merge_checkpoints
 
 ROOT = Path(__file__).parents[2]

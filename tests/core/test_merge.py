@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from poemerge import METHODS, MergeReport
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError
-from poemerge.lineage import Lineage, Source, hash_files, produce
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage, Source, produce
 from poemerge.merge import expert_weights, merge_checkpoints, merge_lineage, name_experts
 from poemerge.merging.memory import OVERHEAD
 from poemerge.merging.plan import plan_merge

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import CheckpointError, SourceError, UnreachableError
-from poemerge.lineage import RECORD, Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.plan import plan_merge
 from poemerge.remote import ranges

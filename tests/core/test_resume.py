@@ -10,8 +10,8 @@ import pytest
 
 from poemerge.atomic import new_folder, write_text
 from poemerge.errors import MachineError, SettingError
-from poemerge.layout import FINISHED, is_ready
-from poemerge.lineage import RECORD, hash_files
+from poemerge.hashing import hash_files
+from poemerge.layout import FINISHED, RECORD, is_ready
 from poemerge.merge import merge_checkpoints
 from poemerge.merging import journal
 from poemerge.merging.shards import Shard

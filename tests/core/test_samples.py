@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from poemerge import describe_uncertainty, merge_checkpoints
 from poemerge.errors import PoemergeError
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from poemerge.merge import SAMPLES, expert_weights
 from poemerge.merging.plan import plan_merge
 from tests.core.stacks import distance

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from poemerge.errors import MachineError, PoemergeError, SettingError, SourceError
-from poemerge.lineage import RECORD, hash_files
+from poemerge.hashing import hash_files
+from poemerge.layout import RECORD
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.cost import Cost
 from poemerge.merging.jobs import Job, longest_first

@@ -11,7 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from poemerge.lineage import Lineage, hash_files, sha256
+from poemerge.hashing import hash_files, sha256
+from poemerge.lineage import Lineage
 
 DATA = Path(__file__).parents[2] / "data"
 TASKS = sorted(path.stem for path in (DATA / "tasks").glob("*.yaml"))

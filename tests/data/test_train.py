@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from poemerge.lineage import hash_files
+from poemerge.hashing import hash_files
 from tests.zoo import Zoo
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from flows.cli import main
 from flows.params import load
 from flows.places import Places
 from flows.steps import STAGES, steps
-from poemerge.lineage import digest, sha256
+from poemerge.hashing import digest, sha256
 from tasks.tracking import connected
 from tasks.versions import KEY, SOURCES, numbered
 from tests.flows.conftest import enter_copy, keep_two_candidates, make_project

@@ -42,7 +42,8 @@ from flows.pipeline import pipeline, run_stage
 from flows.selection import find_places
 from flows.steps import steps
 from poemerge.errors import CheckpointError, PoemergeError
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tasks.evaluate.work import ScoreJob
 from tasks.progress import watched_by
 from tasks.register.leaderboard import Leaderboard

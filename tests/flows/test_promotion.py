@@ -31,7 +31,7 @@ from flows.params import load
 from flows.pipeline import pipeline
 from flows.places import Places
 from flows.promote import after_run, promote_with_approval
-from poemerge.lineage import hash_files
+from poemerge.hashing import hash_files
 from tasks import promote
 from tests.flows.conftest import EASY, PARAMS, TASKS
 from tests.reliability.proxy import Fault, proxy

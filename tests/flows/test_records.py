@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from flows.cli import main
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 
 
 def poemerge(*arguments: object) -> Result:

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from flows.cli import main
-from poemerge.lineage import hash_files
+from poemerge.hashing import hash_files
 from tests.storage import Storage
 from tests.zoo import Zoo
 

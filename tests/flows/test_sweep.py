@@ -32,7 +32,7 @@ from flows.params import load
 from flows.sweep import sweep
 from flows.sweep_table import snippet
 from poemerge.errors import SettingError
-from poemerge.lineage import digest
+from poemerge.hashing import digest
 from poemerge.merge import merge_checkpoints
 from tasks.evaluate import evaluate
 from tasks.paired import Outcomes, difference

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tests.flows.conftest import PARAMS, ROOT, make_project
 from tests.servers import free_port, running
 

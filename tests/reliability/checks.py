@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.provenance import verify
-from poemerge.lineage import hash_files
+from poemerge.hashing import hash_files
 from tasks import promote
 from tests.reliability.contest import Ended
 

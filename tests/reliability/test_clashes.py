@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from flows.provenance import verify
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tests.reliability.checks import (
     check_database,
     check_end,

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from flows.cli import main
 from poemerge.atomic import PARTIAL
 from poemerge.errors import MachineError, SourceError
+from poemerge.hashing import hash_files
 from poemerge.layout import FINISHED
-from poemerge.lineage import hash_files
 from poemerge.merge import merge_checkpoints
 from poemerge.method import METHODS, Call
 from poemerge.task_vector import Stack

@@ -24,7 +24,8 @@ from flows.params import read
 from flows.places import PLAIN
 from flows.selection import find_places
 from flows.steps import STAGES, steps
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tasks.versions import CHALLENGER
 from tests.flows.conftest import keep_two_candidates, make_project
 from tests.reliability.commands import HINT, Blow, Ended, command

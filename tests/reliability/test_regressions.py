@@ -21,7 +21,9 @@ from poemerge.checkpoint import Checkpoint
 from poemerge.documents import LEVELS, check_tree, parse_json
 from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
 from poemerge.extract import extract_adapter
-from poemerge.lineage import RECORD, Lineage, Source, hash_files
+from poemerge.hashing import hash_files
+from poemerge.layout import RECORD
+from poemerge.lineage import Lineage, Source
 from poemerge.lora_config import LoraConfig
 from poemerge.merge import merge_checkpoints
 from tasks.evaluate.task_files import find_tasks

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import PoemergeError, SourceError
-from poemerge.lineage import Lineage, digest, hash_files
+from poemerge.hashing import digest, hash_files
+from poemerge.lineage import Lineage
 from tasks.fetch import OfflineError, UnreachableError, fetch, is_network_fault, resolve_local
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, hash_files, sha256
+from poemerge.hashing import hash_files, sha256
+from poemerge.lineage import Lineage
 from tasks.fetch import fetch
 
 HEADS, KV_HEADS, LAYERS, WIDTH, INNER, VOCABULARY = 4, 2, 2, 32, 64, 64

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 
 from poemerge.checkpoint import Checkpoint
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tasks.fetch import OfflineError, UnreachableError, fetch, fetched, resolve, resolved_once
 from tasks.fetch.headers import open_headers
 from tasks.progress import watched_by

@@ -12,7 +12,8 @@ from dvc.repo import Repo
 from mlflow import MlflowClient
 
 from poemerge.errors import PoemergeError, SourceError
-from poemerge.lineage import Lineage, Source, digest, hash_files, produce
+from poemerge.hashing import digest, hash_files
+from poemerge.lineage import Lineage, Source, produce
 from tasks.dvc_store.reference import put
 from tasks.fetch import UnreachableError, fetch
 from tasks.fetch.sources import open_source

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from poemerge.errors import SourceError
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tasks.fetch import UnreachableError, fetch, fetched, resolve
 from tests.storage import Storage
 from tests.zoo import Zoo

@@ -9,7 +9,8 @@ import pytest
 from mlflow import MlflowClient
 
 from poemerge.errors import PoemergeError, SettingError, SourceError
-from poemerge.lineage import Lineage, digest, hash_files, produce
+from poemerge.hashing import digest, hash_files
+from poemerge.lineage import Lineage, produce
 from tasks import library
 from tasks.dvc_store.reference import Reference, contents
 from tasks.fetch import fetch

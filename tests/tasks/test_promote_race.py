@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from poemerge.lineage import hash_files
+from poemerge.hashing import hash_files
 from tasks import promote
 from tasks.promote import evidence
 from tasks.tracking import connected

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from flows.provenance import history, reproduce, verify
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Lineage, Source, digest, hash_files, produce, sha256
+from poemerge.hashing import digest, hash_files, sha256
+from poemerge.lineage import Lineage, Source, produce
 from tasks.audit_table import BODY, HASH
 from tasks.decisions import Decision
 from tasks.dvc_store.reference import Reference, contents

@@ -11,7 +11,8 @@ import pytest
 from mlflow import MlflowClient
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.lineage import Source, digest
+from poemerge.hashing import digest
+from poemerge.lineage import Source
 from tasks.register.leaderboard import Leaderboard
 from tests.servers import mlflow_server
 from tests.tasks.stages import TASKS, Project, new_project

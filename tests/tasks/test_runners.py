@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from poemerge.atomic import write_json
 from poemerge.errors import CheckpointError, MachineError, SettingError
-from poemerge.layout import INDEX
-from poemerge.lineage import RECORD, hash_files
+from poemerge.hashing import hash_files
+from poemerge.layout import INDEX, RECORD
 from poemerge.merge import merge_checkpoints
 from poemerge.merging.head import Runner
 from poemerge.merging.work import ShardJob, make_shard

@@ -9,7 +9,8 @@ from typing import Any
 
 import jsonschema
 
-from poemerge.lineage import Lineage, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage
 from tests.reliability.corpus import trees
 from tests.reliability.corpus.bench import Kind
 from tests.reliability.corpus.sound import strict_json

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from poemerge.atomic import write_json
-from poemerge.lineage import Lineage, Source, hash_files
+from poemerge.hashing import hash_files
+from poemerge.lineage import Lineage, Source
 from poemerge.merge import merge_checkpoints
 from poemerge.statistics import describe_task_vectors
 from tests.flows.conftest import PARAMS, TASK
