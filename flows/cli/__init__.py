@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from flows.cli import library, models, operations, pipeline, promotion, queue, records
+from flows.cli import foresight, library, models, operations, pipeline, promotion, queue, records
 from poemerge.atomic import disk_errors
 from poemerge.errors import PoemergeError
 from poemerge.redaction import guard_logs
@@ -84,8 +84,8 @@ for _command in (
     pipeline.sweep,
     models.merge,
     models.extract,
-    models.check,
-    models.plan,
+    foresight.check,
+    foresight.plan,
     library.experts,
     records.methods,
     pipeline.report,
