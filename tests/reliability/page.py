@@ -22,15 +22,16 @@ class Row:
 
 
 def keep(rows: Sequence[Row]) -> None:
-    """Put new figures in the place of older ones of the same files, and write the page."""
-    files = {row.file for row in rows}
-    older = [Row(**found) for found in json.loads(FIGURES.read_text("utf-8"))]
-    found = sorted(
-        [row for row in older if row.file not in files] + list(rows),
-        key=lambda row: (row.file, row.claim),
-    )
-    FIGURES.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n", "utf-8")
-    PAGE.write_text(page(found), "utf-8")
+    """Put new figures in the place of older ones of the same claims, and write the page."""
+    found = {(row.file, row.claim): row for row in [*kept(), *rows]}
+    ordered = [found[key] for key in sorted(found)]
+    FIGURES.write_text(json.dumps([asdict(row) for row in ordered], indent=2) + "\n", "utf-8")
+    PAGE.write_text(page(ordered), "utf-8")
+
+
+def kept() -> list[Row]:
+    """All figures that were kept so far."""
+    return [Row(**found) for found in json.loads(FIGURES.read_text("utf-8"))]
 
 
 def page(rows: Sequence[Row]) -> str:
