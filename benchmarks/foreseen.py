@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.child import run
 from benchmarks.process import HERE, OFFLINE
@@ -30,23 +31,32 @@ METHODS = (
     "cauchy_poe",
     "student_t_poe",
 )
+TIMES = 3  # that each is foreseen and measured; what is shown are medians
+KEYS = ("foreseen", "announced", "seconds", "peak")
 MODELS = 5  # that benchmarks.models names, on its last lines
 
 
 def main() -> None:
-    """Foresee and measure, in one child a method, so that each peak is its own."""
+    """Foresee and measure each method some times, each time in a child: as a command does it.
+
+    A process that has merged already has warm threads, and knows what the sources hash to.
+    """
     given = _arguments()
     models, out = given.models or _made(given.folder), str(given.folder / "merged")
     rows = []
     for method in (name for name in METHODS if given.only in name):
-        child = [sys.executable, "-m", "benchmarks.foreseen", "--child", method, out, *models]
-        usage = run(child, HERE, OFFLINE)
-        found = json.loads(usage.output.splitlines()[-1])
-        rows.append({"method": method, **found, "peak": usage.peak})
-        print(f"{method}: {found['seconds']:.1f} s", flush=True)
+        times = [_once([method, out, *models]) for _ in range(TIMES)]
+        rows.append({"method": method, **{k: median(t[k] for t in times) for k in KEYS}})
+        rows[-1]["all"] = times
+        print(f"{method}: {rows[-1]['seconds']:.1f} s", flush=True)
     show_foreseen(rows)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def _once(words: list[str]) -> dict[str, Any]:
+    usage = run([sys.executable, "-m", "benchmarks.foreseen", "--child", *words], HERE, OFFLINE)
+    return json.loads(usage.output.splitlines()[-1]) | {"peak": usage.peak}
 
 
 def _made(folder: Path) -> list[str]:
@@ -56,7 +66,7 @@ def _made(folder: Path) -> list[str]:
 
 
 def child(method: str, folder: Path, base: Path, experts: list[Path]) -> None:
-    """Print what one merge was foreseen to take, and took; the median of three."""
+    """Print what one merge was foreseen to take at the rates of this moment, and took."""
     import torch  # noqa: PLC0415 - the parent must stay small, see child.py
 
     from poemerge.merge import merge_checkpoints, name_experts  # noqa: PLC0415
@@ -68,17 +78,14 @@ def child(method: str, folder: Path, base: Path, experts: list[Path]) -> None:
     rates = Rates.measured(torch.device("cpu"))
     with plan_merge(base, name_experts(experts), method, {}) as plan:
         todo = jobs(plan)
-        foreseen = Schedule.balanced(todo, rates, workers=1)
+        foreseen = Schedule.balanced(todo, rates, workers=1).seconds
         parts = rates.seconds(sum((job.cost for job in todo[1:]), todo[0].cost))
         announced = plan.peak_bytes()
-    measured = []
-    for _ in range(3):
-        shutil.rmtree(out, ignore_errors=True)
-        start = time.perf_counter()
-        merge_checkpoints(base, experts, out, method)
-        measured.append(time.perf_counter() - start)
-    found = {"foreseen": foreseen.seconds, "parts": parts, "announced": announced}
-    print(json.dumps(found | {"seconds": median(measured), "all": measured}))
+    shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    merge_checkpoints(base, experts, out, method)
+    found = {"foreseen": foreseen, "announced": announced, "seconds": time.perf_counter() - start}
+    print(json.dumps(found | {"parts": parts}))
 
 
 def _arguments() -> argparse.Namespace:
