@@ -30,7 +30,7 @@ class DareSettings(TiesSettings):
 @register(
     settings=DareSettings,
     source="Yu et al. 2024, arXiv 2311.03099",
-    passes=100.0,  # most of them to draw masks
+    passes=115.0,  # most of them to draw masks
 )
 def dare_ties(stack: Stack, settings: DareSettings, call: Call) -> Merged:
     """Drop entries at random, rescale the rest to keep the expectation, then TIES."""
