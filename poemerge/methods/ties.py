@@ -45,7 +45,7 @@ def threshold(update: Tensor, settings: TiesSettings) -> Tensor:
     source="Yadav et al. 2023, arXiv 2306.01708",
     local=True,
     prepare=threshold,
-    passes=40.0,  # most of them to find the threshold
+    passes=50.0,  # most of them to find the threshold
 )
 def ties(stack: Stack, settings: TiesSettings, call: Call) -> Merged:
     """Keep each task vector's largest entries, elect a sign per entry, average those that agree."""
