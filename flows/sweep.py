@@ -19,7 +19,7 @@ from flows.sections import Params, SweepParams
 from flows.selection import find_places
 from flows.steps import steps
 from flows.turns import turn
-from poemerge.alone import alone
+from poemerge.alone import alone, clear
 from poemerge.atomic import write_json
 from poemerge.errors import SettingError
 from poemerge.hashing import digest
@@ -59,6 +59,7 @@ def sweep(
     places = find_places(Path(params), overrides)
     section = section_of(places.params, params, labels)
     with alone(ARTIFACTS), turn(places.params.devices):
+        clear(ROOT)  # what has its scores is not come back to
         run_stage("fetch", list(steps("fetch", places)))
         with _open(places, section, tuple(labels or section.space)) as contest:
             for label in contest.asked:

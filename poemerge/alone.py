@@ -47,6 +47,14 @@ def alone(place: Path, *, patient: bool = True) -> Iterator[None]:
         yield
 
 
+def clear(folder: Path) -> None:
+    """Take away, everywhere in a folder, the locks that the killed have left; others stay."""
+    for path in folder.rglob(f"*{LOCK}"):
+        place = path.with_name(path.name.removesuffix(LOCK))
+        with suppress(SettingError), alone(place, patient=False):
+            pass  # what is taken over is taken away
+
+
 def command() -> str:
     """What this process was started as, short enough to be shown to others."""
     words = (Path(w).name if w.startswith("/") else w for w in sys.orig_argv)

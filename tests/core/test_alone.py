@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from poemerge.alone import alone
+from poemerge.alone import alone, clear
 from poemerge.errors import SettingError
 from poemerge.lineage import Lineage, produce
 
@@ -71,6 +71,22 @@ def test_who_is_killed_holds_nothing(tmp_path: Path) -> None:
     with alone(tmp_path / "model", patient=False):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_of_the_killed_are_cleared_and_others_stay(tmp_path: Path) -> None:
+    killed, holder = hold(tmp_path / "a/killed"), hold(tmp_path / "b/held")
+    killed.kill()
+    killed.communicate()
+    clear(tmp_path)
+    (lock,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert lock == tmp_path / "b/held.lock.partial"
+    with (
+        pytest.raises(SettingError, match=f"process {holder.pid}"),
+        alone(tmp_path / "b/held", patient=False),
+    ):
+        pytest.fail("it was taken from its holder")
+    holder.communicate("")
+    clear(tmp_path / "nowhere")
 
 
 def test_many_are_never_two(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from flows.overrides import save_values
 from flows.params import load
 from flows.sweep import sweep
 from flows.sweep_table import snippet
+from poemerge.alone import LOCK
 from poemerge.errors import SettingError
 from poemerge.hashing import digest
 from poemerge.merge import merge_checkpoints
@@ -244,8 +245,12 @@ def test_a_finished_sweep_has_nothing_to_do(
     done: Path, finished: tuple[Path, dict], caplog: pytest.LogCaptureFixture
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in done.rglob("items.json")}
+    scored = next(done.glob(".poemerge/sweep/scores/*"))
+    lock = scored.with_name(f"{scored.name}{LOCK}")
+    lock.write_text("process 1, killed once this was scored")
     caplog.set_level(logging.INFO)
     assert sweep() == finished[1]
+    assert not lock.exists()
     assert not [r for r in caplog.records if ", validation:" in r.message or ", test:" in r.message]
     assert {p: p.stat().st_mtime_ns for p in done.rglob("items.json")} == before
     (parent,), below = runs(done)

@@ -116,4 +116,7 @@ def _child(
     }
     with temporary_settings(settings):
         begun.set()
-        main(words, prog_name="poemerge")
+        try:
+            main(words, prog_name="poemerge")
+        finally:  # it has ended; a blow from now on comes too late
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
