@@ -47,13 +47,28 @@ def calm_down() -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: in order, and so that it can be gone on with."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _stoppable() -> Iterator[list[int]]:
+    """SIGTERM ends a command as Ctrl-C does: in order, and so that it can be gone on with.
+
+    Yields the signals that have come: a library may make an error of its own of an interrupt, as
+    matplotlib does.
+    """
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if before[signal.SIGINT] is signal.SIG_IGN:  # so shells start what is not to hear of Ctrl-C
+        del before[signal.SIGINT]
+    for number in before:
+        signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Sentences(click.Group):
@@ -61,15 +76,18 @@ class Sentences(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command."""
-        try:
-            with _terminable(), disk_errors("The result"):
-                return super().invoke(context)
-        except PoemergeError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(REFUSED)
-        except KeyboardInterrupt:
-            click.echo("interrupted: run the same command again to go on.", err=True)
-            sys.exit(INTERRUPTED)
+        with _stoppable() as stops:
+            try:
+                with disk_errors("The result"):
+                    return super().invoke(context)
+            except (Exception, KeyboardInterrupt) as error:
+                if stops or isinstance(error, KeyboardInterrupt):
+                    click.echo("interrupted: run the same command again to go on.", err=True)
+                    sys.exit(INTERRUPTED)
+                if isinstance(error, PoemergeError):
+                    click.echo(f"error: {error}", err=True)
+                    sys.exit(REFUSED)
+                raise
 
 
 @click.group(cls=Sentences, context_settings={"help_option_names": ["-h", "--help"]})

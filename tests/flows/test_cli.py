@@ -1,14 +1,18 @@
 """The command line: exit codes, one sentence for a refusal, no output left behind."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
-from flows.cli import main
+from flows.cli import INTERRUPTED, Sentences, main
 from poemerge.lineage import Lineage
 from poemerge.methods import METHODS
 
@@ -181,3 +185,23 @@ def test_report_refuses_in_one_sentence(sources: list[object], tmp_path: Path) -
     assert refused.stderr.startswith("error: ")
     assert "give the folder of a run" in refused.stderr
     assert poemerge("report", tmp_path, *sources[:2]).exit_code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_makes_an_error_of_is_one_all_the_same(number: int) -> None:
+    @click.group(cls=Sentences)
+    def group() -> None: ...
+
+    @group.command()
+    def draw() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise ValueError("Invalid bounding box") from None
+
+    before = signal.getsignal(number)
+    result = CliRunner().invoke(group, ["draw"])
+    assert result.exit_code == INTERRUPTED
+    assert result.stderr == "interrupted: run the same command again to go on.\n"
+    assert signal.getsignal(number) is before
