@@ -1,6 +1,7 @@
 """MLflow as all who record runs need it: where it is, an experiment, a run with an end."""
 
 import fcntl
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import clear_frames
 from typing import Any
 from uuid import uuid4
 
@@ -142,7 +144,7 @@ def _make(database: Path) -> None:
         partial.rename(database)
 
 
-def upsert(write: Callable[..., object], *arguments: str) -> None:
+def upsert(write: Callable[..., object], *arguments: str, **named: object) -> None:
     """Set something in MLflow that somebody else may be setting at this very moment.
 
     MLflow looks first and inserts then, so of two who set the same thing for the first time one is
@@ -151,11 +153,11 @@ def upsert(write: Callable[..., object], *arguments: str) -> None:
     from mlflow.exceptions import MlflowException  # noqa: PLC0415 - as above
 
     try:
-        write(*arguments)
+        write(*arguments, **named)
     except MlflowException as error:
         if not TWICE.search(str(error)):
             raise
-        write(*arguments)
+        write(*arguments, **named)
 
 
 def experiment_id(client: Any, name: str) -> str:
@@ -182,6 +184,9 @@ def ending(client: Any, run: str) -> Iterator[str]:
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
+        if stopped:  # it may have come in the midst of a query, whose leavings lock the database
+            clear_frames(error.__traceback__)
+            gc.collect()
         with suppress(MlflowException):  # which may be away; that is not what has to be told
             client.set_terminated(run, "KILLED" if stopped else "FAILED")
         raise

@@ -18,7 +18,16 @@ from tasks.register.heatmap import heatmap
 from tasks.register.leaderboard import Comparison, Cost, Row
 from tasks.register.note import TAG as NOTE
 from tasks.register.note import note
-from tasks.tracking import PARENT, bury, connected, ending, experiment_id, flat, marked_run
+from tasks.tracking import (
+    PARENT,
+    bury,
+    connected,
+    ending,
+    experiment_id,
+    flat,
+    marked_run,
+    upsert,
+)
 from tasks.versions import (
     BASE,
     CANDIDATE,
@@ -166,7 +175,7 @@ def _candidate(runs: _Runs, parent: str, row: Row, compared: Comparison) -> str:
     with ending(client, run.run_id) as own:
         cost = compared.costs.get(row.label, Cost()) if made else Cost()
         logged = [Param(key, value) for key, value in params.items()]
-        client.log_batch(own, metrics=_metrics(row, cost), params=logged)
+        upsert(client.log_batch, own, metrics=_metrics(row, cost), params=logged)
         for file in (folder / RECORD, folder / "merge_report.json") if folder else ():
             if file.is_file():
                 client.log_artifact(own, os.fspath(file))

@@ -4,17 +4,23 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Param
 from mlflow.store.db import utils
 from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel, SqlRegisteredModelAlias
+from mlflow.store.tracking.dbmodels.models import SqlParam
 from sqlalchemy import event
+from sqlalchemy.orm import loading
 
 from poemerge.errors import SourceError
 from tasks import tracking, versions
-from tasks.tracking import connected, ending, experiment_id, marked_run
+from tasks.tracking import connected, ending, experiment_id, marked_run, upsert
 
 ROOT = Path(__file__).parents[2]
 INSERT = """
@@ -160,6 +166,46 @@ def test_a_run_that_cannot_be_ended_does_not_hide_why_it_failed(file: Path) -> N
         client.delete_run(run)  # which MLflow then refuses to end
         with pytest.raises(KeyboardInterrupt), ending(client, run):
             raise KeyboardInterrupt
+
+
+def test_a_run_that_is_interrupted_in_any_query_is_ended_at_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is left of the query would lock the database, for itself too."""
+    with connected() as client:
+        place = experiment_id(client, "tests")
+        for queries in count():
+            run = client.create_run(place).info.run_id
+            with monkeypatch.context() as patch, suppress(KeyboardInterrupt), ending(client, run):
+                patch.setattr(loading, "_new_runid", interrupted_after(queries))
+                client.log_param(run, "key", "value")
+                patch.undo()
+            status = client.get_run(run).info.status
+            assert status in {"KILLED", "FINISHED"}
+            if status == "FINISHED":
+                break
+    assert queries > 1
+    assert "locked" not in caplog.text
+
+
+def interrupted_after(queries: int) -> Callable[[], object]:
+    """What SQLAlchemy numbers its queries by; one of them is interrupted."""
+    numbers = count()
+
+    def number() -> object:
+        if next(numbers) == queries:
+            raise KeyboardInterrupt
+        return object()
+
+    return number
+
+
+def test_params_that_another_logs_at_the_same_moment_are_logged(file: Path) -> None:
+    with connected() as client:
+        run = client.create_run(experiment_id(client, "tests")).info.run_id
+        meanwhile(file, SqlParam, f"INSERT INTO params VALUES ('key', 'value', '{run}')")
+        upsert(client.log_batch, run, params=[Param("key", "value")])
+        assert client.get_run(run).data.params == {"key": "value"}
 
 
 def test_a_database_that_was_half_made_is_made_again(
