@@ -14,7 +14,7 @@ from mlflow.entities import ViewType
 from poemerge.errors import SourceError
 from poemerge.lineage import Source
 from tasks.register import last
-from tasks.versions import CHALLENGER, DIGEST, EVALUATION, KEY
+from tasks.versions import CHALLENGER, DIGEST, EVALUATION, KEY, paged
 from tests.reliability.checks import (
     check_database,
     check_end,
@@ -173,7 +173,7 @@ def test_run_without_mlflow(
 
 def forget(client: MlflowClient) -> None:
     """Let the server have nothing under the names that a project uses."""
-    for model in client.search_registered_models():
+    for model in paged(client.search_registered_models, ""):
         client.delete_registered_model(model.name)
     if place := client.get_experiment_by_name("tests"):
         client.rename_experiment(place.experiment_id, f"tests {place.experiment_id}")
