@@ -184,7 +184,8 @@ def ending(client: Any, run: str) -> Iterator[str]:
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        if stopped:  # it may have come in the midst of a query, whose leavings lock the database
+        if not isinstance(error, Exception):  # a stop, maybe in the midst of a query, whose
+            # leavings lock the database; Prefect makes a signal of its own of SIGTERM
             clear_frames(error.__traceback__)
             gc.collect()
         with suppress(MlflowException):  # which may be away; that is not what has to be told

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ from mlflow.entities import Param
 from mlflow.store.db import utils
 from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel, SqlRegisteredModelAlias
 from mlflow.store.tracking.dbmodels.models import SqlParam
+from prefect.exceptions import TerminationSignal
 from sqlalchemy import event
 from sqlalchemy.orm import loading
 
@@ -168,33 +170,37 @@ def test_a_run_that_cannot_be_ended_does_not_hide_why_it_failed(file: Path) -> N
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, TerminationSignal])
 def test_a_run_that_is_interrupted_in_any_query_is_ended_at_once(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stop: type[BaseException],
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What is left of the query would lock the database, for itself too."""
     with connected() as client:
         place = experiment_id(client, "tests")
         for queries in count():
             run = client.create_run(place).info.run_id
-            with monkeypatch.context() as patch, suppress(KeyboardInterrupt), ending(client, run):
-                patch.setattr(loading, "_new_runid", interrupted_after(queries))
+            with monkeypatch.context() as patch, suppress(stop), ending(client, run):
+                patch.setattr(loading, "_new_runid", interrupted_after(queries, stop))
                 client.log_param(run, "key", "value")
                 patch.undo()
             status = client.get_run(run).info.status
-            assert status in {"KILLED", "FINISHED"}
+            assert status in {"KILLED" if stop is KeyboardInterrupt else "FAILED", "FINISHED"}
             if status == "FINISHED":
                 break
     assert queries > 1
     assert "locked" not in caplog.text
 
 
-def interrupted_after(queries: int) -> Callable[[], object]:
+def interrupted_after(queries: int, stop: type[BaseException]) -> Callable[[], object]:
     """What SQLAlchemy numbers its queries by; one of them is interrupted."""
     numbers = count()
 
     def number() -> object:
         if next(numbers) == queries:
-            raise KeyboardInterrupt
+            raise stop(signal.SIGTERM)
         return object()
 
     return number
