@@ -30,7 +30,7 @@ from tests.reliability.many import (
     unrelated,
 )
 from tests.reliability.trials import Trials
-from tests.reliability.work import CLI, Work, child
+from tests.reliability.work import CLI, Work, cached, child
 
 EXPERTS = 200
 CLOSE = 1e-4  # fp32 against fp64
@@ -140,17 +140,17 @@ class TestTensors:
 
 
 class TestBytes:
-    def test_twenty_gigabytes_are_planned_from_headers(
+    def test_twenty_gigabytes_are_planned_from_a_sample(
         self, tmp_path: Path, trials: Trials
     ) -> None:
-        """Three checkpoints of 21 GB each are planned in seconds and 0.6 GB, no weight read"""
+        """Three checkpoints of 21 GB are planned in seconds and 0.6 GB; 1 byte in 300 is read"""
         for number in trials(short=1, full=5):
             with trials.trial(number):
-                given = arguments(tmp_path / str(number), shards=1 + 5 * number)
-                used = child(CLI, "check", *given)
+                root = tmp_path / str(number)
+                used = child(CLI, "check", *arguments(root, shards=1 + 5 * number))
                 assert used.seconds < 20
                 assert used.peak < 6e8
-                assert used.read < 5e8
+                assert sum(map(cached, root.rglob("*.safetensors"))) < 3 * 20e9 / 300
 
     def test_who_is_refused_does_not_wait(self, tmp_path: Path, trials: Trials) -> None:
         """A refused merge of three checkpoints of 21 GB ends at once"""

@@ -1,11 +1,14 @@
 """What is done with models, in this process or in one of its own, and what it takes."""
 
+import ctypes
+import mmap
 import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from ctypes import c_int, c_long, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +30,8 @@ from pathlib import Path
 
 @atexit.register
 def tell():
-    facts = [*Path("/proc/self/status").read_text().split("\\n"),
-             *Path("/proc/self/io").read_text().split("\\n")]
-    found = dict(line.split(":") for line in facts if line.startswith(("VmHWM", "rchar")))
-    print(found["VmHWM"].split()[0], found["rchar"].strip(), file=sys.stderr)
+    facts = Path("/proc/self/status").read_text().splitlines()
+    print(*(line.split()[1] for line in facts if line.startswith("VmHWM")), file=sys.stderr)
 """
 
 
@@ -41,12 +42,10 @@ class Usage:
     Attributes:
         seconds: of the processor.
         peak: largest resident memory in bytes.
-        read: bytes, from files and all else.
     """
 
     seconds: float
     peak: int
-    read: int
 
 
 def child(code: str, *arguments: object, end: int = 0) -> Usage:
@@ -67,8 +66,22 @@ def child(code: str, *arguments: object, end: int = 0) -> Usage:
         preexec_fn=few,
     )
     assert done.returncode == end, done.stdout + done.stderr
-    peak, read = done.stderr.split()[-2:]
-    return Usage(_children() - before, int(peak) << 10, int(read))
+    return Usage(_children() - before, int(done.stderr.split()[-1]) << 10)
+
+
+def cached(file: Path) -> int:
+    """Bytes of a file that the system keeps in memory since they were read, mapped or not."""
+    system, size = ctypes.CDLL(None, use_errno=True), file.stat().st_size
+    system.mmap.restype, system.mmap.argtypes = c_void_p, [c_void_p, c_size_t, *[c_int] * 3, c_long]
+    system.mincore.argtypes = [c_void_p, c_size_t, ctypes.c_char_p]
+    system.munmap.argtypes = [c_void_p, c_size_t]
+    with file.open("rb") as opened:
+        start = system.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, opened.fileno(), 0)
+    pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+    failed = system.mincore(start, size, pages)
+    system.munmap(start, size)
+    assert not failed, os.strerror(ctypes.get_errno())
+    return pages.raw.count(1) * mmap.PAGESIZE
 
 
 def _children() -> float:
