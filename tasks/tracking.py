@@ -58,6 +58,11 @@ def shown_uri() -> str:
     return redact(tracking_uri())
 
 
+def has_registry() -> bool:
+    """False if the first to ask MLflow would make its database."""
+    return bool(os.environ.get(VARIABLE)) or Path(DATABASE).exists()
+
+
 @contextmanager
 def connected() -> Iterator[Any]:
     """A client of MLFLOW_TRACKING_URI (default: mlflow.db here), its database initialised.
@@ -183,9 +188,8 @@ def ending(client: Any, run: str) -> Iterator[str]:
     try:
         yield run
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        if not isinstance(error, Exception):  # a stop, maybe in the midst of a query, whose
-            # leavings lock the database; Prefect makes a signal of its own of SIGTERM
+        stopped = not isinstance(error, Exception)  # Prefect makes a signal of its own of SIGTERM
+        if stopped:  # maybe in the midst of a query, whose leavings lock the database
             clear_frames(error.__traceback__)
             gc.collect()
         with suppress(MlflowException):  # which may be away; that is not what has to be told

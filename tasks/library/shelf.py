@@ -9,7 +9,7 @@ from poemerge.errors import SettingError, SourceError
 from tasks import versions
 from tasks.dvc_store.reference import Reference, put
 from tasks.library.expert import Expert
-from tasks.tracking import connected
+from tasks.tracking import connected, has_registry
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -48,6 +48,8 @@ def add(expert: Expert, folder: Path) -> tuple[Expert, bool]:
 
 def experts() -> tuple[Expert, ...]:
     """The newest version of every expert, by name."""
+    if not has_registry():
+        return ()
     with connected() as client:
         found = [(model, versions.newest(client, model.name)) for model in _models(client)]
         return tuple(Expert.of(version, model.tags) for model, version in found if version)

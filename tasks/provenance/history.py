@@ -13,9 +13,9 @@ from poemerge.errors import SourceError
 from poemerge.hashing import digest
 from poemerge.lineage import Lineage, Source
 from tasks import audit_table
-from tasks.provenance.model import Model, has_registry, opened
+from tasks.provenance.model import Model, opened
 from tasks.provenance.shelves import Shelves
-from tasks.tracking import connected
+from tasks.tracking import connected, has_registry
 from tasks.versions import EVALUATION, EVALUATION_FOLDER, aliases_of, uri, with_digest
 
 if TYPE_CHECKING:

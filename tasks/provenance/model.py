@@ -11,7 +11,7 @@ from poemerge.errors import PoemergeError, SettingError, SourceError
 from poemerge.hashing import digest
 from poemerge.layout import RECORD
 from poemerge.lineage import Lineage
-from tasks.tracking import DATABASE, connected, tracking_uri
+from tasks.tracking import DATABASE, VARIABLE, connected, has_registry
 from tasks.versions import DIGEST, LOADER, download, is_ref, resolve, uri
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def opened(ref: str) -> Iterator[Model]:
         SourceError: there is no such version or content, or nothing of it can be had.
     """
     if is_ref(ref):
+        if not has_registry():
+            raise SourceError(f"{DATABASE} does not exist; run where it lies, or set {VARIABLE}.")
         with connected() as client:
             version = resolve(client, ref)
             with _versioned(client, ref, version) as model:
@@ -131,9 +133,3 @@ def _logged(client: Any, version: "ModelVersion", scratch: Path) -> Lineage:
         message = f"Neither the bytes of {uri(version)} nor its {RECORD} can be had ({error})."
         raise SourceError(f"{message} Make it again.") from error
     return Lineage.read(scratch / "run" / RECORD)
-
-
-def has_registry() -> bool:
-    """True if there is an MLflow to ask, which asking would not first make."""
-    place = tracking_uri()
-    return not place.endswith(f"/{DATABASE}") or Path(DATABASE).exists()

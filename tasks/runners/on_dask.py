@@ -1,8 +1,10 @@
 """Workers of a Dask cluster, one that is there or one that is started here."""
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -10,10 +12,11 @@ import torch
 from poemerge.errors import MachineError, SettingError
 from poemerge.merging.shards import Shard
 from poemerge.merging.work import ShardJob
-from tasks.runners.cluster import OnCluster
+from tasks.runners.cluster import ANSWER, OnCluster
 
 try:
-    from distributed import Client, LocalCluster, as_completed
+    from distributed import Client, LocalCluster, Security, as_completed
+    from distributed.comm.core import connect
     from distributed.scheduler import KilledWorker
 except ImportError as error:
     raise SettingError("runner is dask; install it: pip install 'poemerge[dask]'.") from error
@@ -69,6 +72,8 @@ class OnDask(OnCluster):
 @contextmanager
 def _connected(address: str) -> Iterator[Client]:
     try:
+        with ThreadPoolExecutor(1) as apart:  # a caller in a notebook has a running loop
+            apart.submit(asyncio.run, _greet(address)).result()
         client = Client(address)
     except Exception as error:  # what listens there may speak another language
         raise SettingError(
@@ -81,3 +86,10 @@ def _connected(address: str) -> Iterator[Client]:
             message = f"Dask at {address} has no worker; start some (docs/runners.md)."
             raise SettingError(message) from error
         yield client
+
+
+async def _greet(address: str) -> None:
+    """Say hello and leave; a client would wait without end for one who accepts in silence."""
+    async with asyncio.timeout(ANSWER):
+        known = Security().get_connection_args("client")
+        await (await connect(address, timeout=ANSWER, **known)).close()

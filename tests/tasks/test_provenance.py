@@ -17,6 +17,7 @@ from poemerge.lineage import Lineage, Source, produce
 from tasks.audit_table import BODY, HASH
 from tasks.decisions import Decision
 from tasks.dvc_store.reference import Reference, contents
+from tasks.library import experts
 from tasks.provenance.difference import differences
 from tasks.provenance.search import Check
 from tasks.provenance.verify import Verification
@@ -174,6 +175,9 @@ class TestHistory:
         folder = shutil.copytree(merged(), tmp_path / "m")
         monkeypatch.chdir(tmp_path)
         assert history(str(folder)).versions == ()
+        with pytest.raises(SourceError, match=r"^mlflow\.db does not exist; run where it lies"):
+            history("models:/tiny@champion")
+        assert experts() == ()
         assert {path.name for path in tmp_path.iterdir()} == {"m"}
 
 

@@ -266,13 +266,20 @@ class TestDask:
             merge_checkpoints(*merging, "average", "cpu", runner=runner)
         assert str(sent.value) == str(alone.value)
 
-    def test_a_listener_that_is_no_scheduler(self, models: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+    def test_a_listener_that_is_no_scheduler(
+        self, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: bytes
+    ) -> None:
+        """One that speaks another language, and one that never says a word."""
+
         def answer() -> None:
             with suppress(OSError):  # it is closed
                 while True:
-                    with listener.accept()[0] as caller:
-                        caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    callers.append(listener.accept()[0])
+                    callers[-1].sendall(says)
 
+        callers: list[socket.socket] = []
+        monkeypatch.setattr("tasks.runners.on_dask.ANSWER", 2)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             threading.Thread(target=answer, daemon=True).start()
             url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
