@@ -1,9 +1,11 @@
 """One stage as a command, for dvc.yaml: `python -m flows.stage merge ties`."""
 
-import logging
 import sys
 
+import click
+
 from flows.cli import calm_down
+from flows.console import start_logging
 from flows.places import ARTIFACTS, PLAIN, Places
 from flows.selection import find_places
 from flows.steps import STAGES, run_all, steps
@@ -15,7 +17,7 @@ from poemerge.errors import PoemergeError, SourceError
 def main(arguments: list[str]) -> int:
     """Run the steps of a stage, all of them or the one that is named; 1 if refused."""
     calm_down()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start_logging()
     stage, *labels = arguments
     try:
         places = find_places(PLAIN)
@@ -24,7 +26,7 @@ def main(arguments: list[str]) -> int:
         with alone(ARTIFACTS, patient=False), turn(devices):
             _run(stage, labels, places)
     except PoemergeError as error:
-        logging.getLogger(__name__).error("error: %s", error)  # noqa: TRY400 - one sentence, no trace
+        click.echo(f"error: {error}", err=True)
         return 1
     return 0
 

@@ -134,13 +134,13 @@ def test_what_a_selection_must_hold(shelf: Path) -> None:
         load(path, ["fetch.select=null"])
 
 
-def test_a_stage_alone_selects_too(shelf: Path, caplog) -> None:  # noqa: ANN001
+def test_a_stage_alone_selects_too(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage(["fetch", "red"]) == 0
     record = Lineage.find(Path("artifacts/fetch/experts/red"))
     assert record is not None
     assert record.uri == "models:/red/1"
     assert stage(["task_vectors"]) == 1  # as where DVC skipped fetch, since params.yaml is the same
-    assert "experts/blue is not there; run `poemerge run`" in caplog.text
+    assert "experts/blue is not there; run `poemerge run`" in capsys.readouterr().err
 
 
 def test_experts_of_another_base_are_refused_by_name(shelf: Path, zoo) -> None:  # noqa: ANN001

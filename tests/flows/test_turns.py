@@ -150,10 +150,10 @@ def test_a_merge_waits_its_turn_and_may_be_stopped(
 
 
 def test_a_stage_of_dvc_does_not_wait_for_a_run(
-    project: Path, caplog: pytest.LogCaptureFixture
+    project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with alone(ARTIFACTS):
         assert stage.main(["fetch"]) == 1
-    assert f"error: artifacts is held by process {os.getpid()} (" in caplog.text
+    assert f"error: artifacts is held by process {os.getpid()} (" in capsys.readouterr().err
     assert not (project / "artifacts").exists()
     assert stage.main(["fetch"]) == 0
