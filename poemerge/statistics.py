@@ -1,6 +1,7 @@
 """Statistics of task vectors: how large, of what rank, how alike; one tensor at a time."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from poemerge.rules import is_tied_head
 from poemerge.tensor_files import TensorInfo
 from poemerge.token_rows import BASE
 from poemerge.update import LowRank, Update
+
+Compared = tuple[Tensor, Tensor]  # of all updates: inner products (E, E), effective ranks (E,)
 
 
 def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, Any]:
@@ -33,8 +36,12 @@ def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, 
     Raises:
         PoemergeError: an input does not fit or is not finite.
     """
-    with Checkpoint(base) as checkpoint:
-        opened = [open_expert(name, folder, checkpoint, BASE) for name, folder in experts.items()]
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(base))
+        opened = []
+        for name, folder in experts.items():
+            opened.append(open_expert(name, folder, checkpoint, BASE))
+            stack.callback(opened[-1].close)
         infos = [
             info
             for info in checkpoint.tensors.values()
@@ -42,8 +49,13 @@ def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, 
         ]
         rows = {info.name: _compare(info, checkpoint, opened) for info in infos}
         ranks = [[e.rank(info) for info in infos if e.votes(info)] for e in opened]
-        for expert in opened:
-            expert.close()
+    return _summary(tuple(experts), rows, ranks)
+
+
+def _summary(
+    names: Sequence[str], rows: Mapping[str, Compared], ranks: Sequence[Sequence[int | None]]
+) -> dict[str, Any]:
+    """As `describe_task_vectors` returns it; `ranks` are each expert's in the tensors it has."""
     grams = torch.stack([gram for gram, _ in rows.values()]).sum(dim=0)
     spread = torch.stack([rank for _, rank in rows.values()])
     norms = grams.diagonal().sqrt()
@@ -55,7 +67,7 @@ def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, 
                 "rank": None if None in ranks[i] else max(r or 0 for r in ranks[i]),
                 "effective_rank": float(spread[:, i].nanmean()),
             }
-            for i, name in enumerate(experts)
+            for i, name in enumerate(names)
         },
         "cosines": (grams / (norms[:, None] * norms[None, :]).clamp_min(1e-300)).tolist(),
         "tensors": {
@@ -66,10 +78,8 @@ def describe_task_vectors(base: Path, experts: Mapping[str, Path]) -> dict[str, 
     }
 
 
-def _compare(
-    info: TensorInfo, base: Checkpoint, experts: Sequence[Expert]
-) -> tuple[Tensor, Tensor]:
-    """Inner products (E, E) and effective ranks (E,) of all updates of one tensor, in fp64."""
+def _compare(info: TensorInfo, base: Checkpoint, experts: Sequence[Expert]) -> Compared:
+    """All updates of one tensor, in fp64."""
     size = len(experts)
     gram = torch.zeros(size, size, dtype=torch.float64)
     voters = [i for i, e in enumerate(experts) if e.votes(info) and e.rank(info) != 0]

@@ -3,10 +3,9 @@
 `poemerge check` prints it, `merge.py` executes it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,22 +13,22 @@ import torch
 
 from poemerge.checkpoint import Checkpoint
 from poemerge.curvature import Curvature
-from poemerge.errors import CheckpointError, SettingError
+from poemerge.errors import SettingError
 from poemerge.experts import Expert, open_expert
 from poemerge.fitting import check_tie
-from poemerge.merging.cuts import check_cuts, cut_for
+from poemerge.merging import notes
+from poemerge.merging.cuts import check_cuts
 from poemerge.merging.findings import findings
 from poemerge.merging.glance import look
+from poemerge.merging.grouping import Grouping
 from poemerge.merging.groups import Group
 from poemerge.merging.growth import Growth, plan_growth
 from poemerge.merging.memory import LIMITS, batch_bytes, fit, peak_bytes, streamed
 from poemerge.merging.terms import STRICT, Terms
 from poemerge.method import Method
 from poemerge.methods import find
-from poemerge.names import listed
 from poemerge.poe.settings import HeavySettings
 from poemerge.remote.stand_ins import at_hand
-from poemerge.rules import AVERAGE, COPY, FORMULA, MATRIX, TIED, VOCABULARY, is_vocabulary, rule_for
 from poemerge.settings import Settings
 from poemerge.tensor_files import TensorInfo
 
@@ -144,12 +143,12 @@ def plan_merge(
             check_tie(name, folder, opened[-1].untied, checkpoint)
         curvature = Curvature(tuple(experts), parsed)
         stack.callback(curvature.close)
-        planner = _Planner(checkpoint, tuple(opened), found, parsed, curvature)
-        groups = planner.groups()
-        notes = _notes(checkpoint, opened, groups) + planner.notes(groups)
+        groups = Grouping(checkpoint, tuple(opened), found, parsed, curvature).groups()
+        said = [*notes.on_experts(checkpoint, opened, groups), *notes.on_base(checkpoint)]
+        said += [*notes.on_settings(parsed, groups), *notes.on_curvature(curvature, groups)]
         robust = isinstance(parsed, HeavySettings)
         seen = look(checkpoint, opened, terms) if terms.values else []
-        notes += tuple(findings(checkpoint, seen, terms, method, robust=robust))
+        said += findings(checkpoint, seen, terms, method, robust=robust)
         return Plan(
             checkpoint,
             tuple(opened),
@@ -157,7 +156,7 @@ def plan_merge(
             parsed,
             curvature,
             groups,
-            notes,
+            tuple(said),
             plan_growth(checkpoint, opened),
             stack.pop_all(),
         )
@@ -171,112 +170,3 @@ def _check_names(experts: tuple[str, ...], settings: Settings) -> None:
             raise SettingError(f"weights names no expert by {name!r}; use {', '.join(experts)}.")
     if not any(settings.weights.get(name, 1.0) != 0 for name in experts):
         raise SettingError("weights gives every expert 0; leave at least one a say.")
-
-
-@dataclass(frozen=True)
-class _Planner:
-    """What decides on the tensors, one by one."""
-
-    base: Checkpoint
-    experts: tuple[Expert, ...]
-    method: Method
-    settings: Settings
-    curvature: Curvature
-
-    def groups(self) -> tuple[Group, ...]:
-        """Tensors of equal key, together."""
-        found: dict[tuple[str, torch.dtype, Group], list[TensorInfo]] = {}
-        for info in self.base.tensors.values():
-            key = (info.file, info.dtype, self._decide(info))
-            found.setdefault(key, []).append(info)
-        return tuple(
-            replace(group, tensors=tuple(tensors)) for (_, _, group), tensors in found.items()
-        )
-
-    def _decide(self, info: TensorInfo) -> Group:
-        """A group with no tensors yet."""
-        voters = tuple(i for i, expert in enumerate(self.experts) if expert.votes(info))
-        ranks = tuple(self.experts[i].rank(info) for i in voters)
-        touched = any(rank != 0 for rank in ranks)
-        rule = rule_for(
-            info,
-            self.base,
-            structured=self.method.structured(self.settings),
-            sided=hasattr(self.settings, "side"),
-            touched=touched,
-        )
-        if rule in {COPY, TIED}:
-            return Group(rule, info.shape, (), (), ())
-        if len(info.shape) != 2 or not self.method.factors(self.settings):
-            ranks = tuple(None for _ in ranks)
-        entries = 0
-        if self.curvature.needed and rule != AVERAGE:
-            entries = self.curvature.entries(info, voters)
-            rule = rule if entries else AVERAGE
-        cut = None
-        if rule == MATRIX:
-            cut = cut_for(info, self.base, self.settings)
-        return Group(rule, info.shape, voters, ranks, (), cut, entries)
-
-    def notes(self, groups: tuple[Group, ...]) -> tuple[str, ...]:
-        """What the settings ask for and the tensors do not allow."""
-        names = [info.name for group in groups for info in group.tensors]
-        notes = [
-            f"The pattern {pattern!r} in {setting} fits no tensor; use names of the base's tensors."
-            for setting, pattern in _patterns(self.settings)
-            if not any(fnmatchcase(name, pattern) for name in names)
-        ]
-        if not self.curvature.needed:
-            return tuple(notes)
-        solved = {FORMULA, MATRIX, VOCABULARY}
-        if not any(group.rule in solved for group in groups):
-            raise SettingError(
-                "The curvature files hold no tensor that every expert changes; give files whose "
-                "names are the base's."
-            )
-        rest = [t.name for g in groups if g.rule == AVERAGE for t in g.tensors]
-        notes += [f"No curvature is given for {listed(rest)}; averaged."] if rest else []
-        return tuple(notes)
-
-
-def _patterns(settings: Settings) -> Iterator[tuple[str, str]]:
-    """(setting, name pattern) of all patterns that were given."""
-    for expert, say in settings.weights.items():
-        if isinstance(say, Mapping):
-            yield from ((f"weights of {expert!r}", pattern) for pattern in say)
-    yield from (("fused", pattern) for pattern in getattr(settings, "fused", {}))
-
-
-def _notes(base: Checkpoint, experts: list[Expert], groups: tuple[Group, ...]) -> tuple[str, ...]:
-    """Sentences on what does not match: nothing is passed over in silence."""
-    notes: list[str] = []
-    for index, expert in enumerate(experts):
-        notes += expert.notes
-        merged = [g for g in groups if g.rule not in {COPY, TIED}]
-        missing = [
-            t.name
-            for g in merged
-            for t in g.tensors
-            if index not in g.voters and (expert.tokens.kept or not is_vocabulary(t, base))
-        ]
-        if missing:
-            notes.append(
-                f"Expert {expert.name!r} lacks {listed(missing)}; the others decide there."
-            )
-        if expert.extra:
-            notes.append(
-                f"Expert {expert.name!r} has {listed(expert.extra)}, which the base lacks or ties; "
-                "left out."
-            )
-    if not any(group.voters for group in groups):
-        raise CheckpointError(
-            "No expert changes any tensor of the base; there is nothing to merge."
-        )
-    if not any(base.folder.glob("tokenizer*")):
-        notes.append(f"The base ({base.folder.name}) has no tokenizer; the merge has none either.")
-    if "auto_map" in base.config:
-        notes.append(
-            "The base's config.json asks for Python code of its own (auto_map); poemerge never "
-            "runs any, and whoever loads the merge with it must trust that code."
-        )
-    return tuple(notes)

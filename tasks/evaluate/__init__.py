@@ -83,41 +83,36 @@ def evaluate(
     """
     import torch  # noqa: PLC0415 - 1 s
 
-    from poemerge.device import describe_device, pick_device  # noqa: PLC0415 - likewise
-
     base, out = Path(base), Path(out)
     weights = None if weights is None else Path(weights)
     how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
     how |= {"dtype": dtype, "device": _first(device), "validation": validation}
     found = find_tasks(tasks, Path(include), trust)
     models = {"base": base} if weights is None else {"base": base, "candidate": weights}
-    record = replace(
-        _record(models, found, candidate=candidate, kind=kind, splits=list(splits), **how),
-        device=describe_device(pick_device(how["device"])),
-        packages=dict(package_versions()) | {tool: metadata.version(tool) for tool in TOOLS},
-    )
+    record = _record(models, found, candidate=candidate, kind=kind, splits=list(splits), **how)
     old = _kept(out, record)
+    job = ScoreJob(
+        candidate=candidate,
+        kind=kind,
+        weights=weights,
+        content=record.inputs[len(models) - 1].digest,
+        base=base,
+        digest=record.inputs[0].digest,
+        tasks=tuple(task for task in found if task.name not in old.results),
+        splits=tuple(splits),
+        how=how,
+        threads=torch.get_num_threads(),
+    )
+    stamped = _stamped(record, how["device"])
+    return produce(out, stamped, lambda folder: _score(folder, job, old, tasks))
 
-    def work(folder: Path) -> None:
-        job = ScoreJob(
-            candidate=candidate,
-            kind=kind,
-            weights=weights,
-            content=record.inputs[len(models) - 1].digest,
-            base=base,
-            digest=record.inputs[0].digest,
-            tasks=tuple(task for task in found if task.name not in old.results),
-            splits=tuple(splits),
-            how=how,
-            threads=torch.get_num_threads(),
-        )
-        new = scored_by.get()(job)
-        results, items = old.results | new.results, old.items | new.items
-        head = {"candidate": candidate, "kind": kind}
-        write_json(folder / RESULTS, head | {"scores": {name: results[name] for name in tasks}})
-        write_json(folder / ITEMS, {name: items[name] for name in tasks})
 
-    return produce(out, record, work)
+def _score(folder: Path, job: ScoreJob, old: Scores, order: Sequence[str]) -> None:
+    new = scored_by.get()(job)
+    results, items = old.results | new.results, old.items | new.items
+    head = {"candidate": job.candidate, "kind": job.kind}
+    write_json(folder / RESULTS, head | {"scores": {name: results[name] for name in order}})
+    write_json(folder / ITEMS, {name: items[name] for name in order})
 
 
 def scoring_key(
@@ -162,6 +157,14 @@ def _record(models: Mapping[str, Path], tasks: Sequence[TaskFiles], **params: An
     tools = {tool: metadata.version(tool) for tool in TOOLS[:2]}
     inputs = (*(_model(role, folder) for role, folder in models.items()), *map(_task, tasks))
     return Lineage(STAGE, {"format": FORMAT, **params, **tools}, inputs)
+
+
+def _stamped(record: Lineage, device: str) -> Lineage:
+    """The record with what may differ between machines, and decides nothing."""
+    from poemerge.device import describe_device, pick_device  # noqa: PLC0415 - torch: 1 s
+
+    packages = dict(package_versions()) | {tool: metadata.version(tool) for tool in TOOLS}
+    return replace(record, device=describe_device(pick_device(device)), packages=packages)
 
 
 def _model(role: str, folder: Path) -> Source:

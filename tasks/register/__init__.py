@@ -75,18 +75,10 @@ def register(
     board = leaderboard(scores, tasks, choose)
     best = board.best.label
     model = _unchanged(Path(merges[best]), folders["merge", best])
-    record = Lineage(
-        "register",
-        {
-            "format": FORMAT,
-            "name": name,
-            "experiment": experiment,
-            "choose": choose,
-            "store": store,
-            "tasks": list(tasks),
-        },
-        (*(Source.of(" ".join(key), folder) for key, folder in folders.items()), model),
-    )
+    decisive = {"name": name, "experiment": experiment, "choose": choose, "store": store}
+    seen = (Source.of(" ".join(key), folder) for key, folder in folders.items())
+    facts = {"format": FORMAT, **decisive, "tasks": list(tasks)}
+    record = Lineage("register", facts, (*seen, model))
     models = {label: Path(folder) for label, folder in merges.items()}
     compared = Comparison(board, models, read_costs(logs), params, tuple(overrides), folders)
 
