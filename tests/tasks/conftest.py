@@ -1,4 +1,4 @@
-"""A real run on tiny models for what reads one: every stage as `dvc repro` calls it."""
+"""A real run on tiny models for what reads one, and what else several files of tests share."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from dvc.repo import Repo
 
 from tests.flows.conftest import make_project
+from tests.tasks.registry import new_repository
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +34,16 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Pa
     return root
 
 
+@pytest.fixture
+def in_a_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> None:
+    """The working directory in such a repository, which nothing is registered in."""
+    monkeypatch.chdir(tmp_path)
+    new_repository(tmp_path, database)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa: ANN001
-    """The project after all stages; for reading only."""
+    """The project after every stage, as `dvc repro` calls it; for reading only."""
     from flows.params import load
     from flows.places import Places
     from flows.steps import STAGES, steps
