@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
 import pytest
@@ -11,6 +12,9 @@ from dvc.repo import Repo
 
 from tests.flows.conftest import make_project
 from tests.tasks.registry import new_repository
+
+if TYPE_CHECKING:
+    from tests.tasks.letters import Run
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +65,19 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture
+def include(tmp_path: Path) -> Path:
+    """A folder with one task, `letters`."""
+    from tests.tasks.letters import write_task  # imports lm-eval, which not every test needs
+
+    return write_task(tmp_path / "tasks", "letters")
+
+
+@pytest.fixture
+def score(tmp_path: Path, include: Path, zoo) -> "Run":  # noqa: ANN001
+    """Run the evaluate stage; returns whether work was done, results and items."""
+    from tests.tasks.letters import stage
+
+    return stage(tmp_path, include, zoo)
