@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from tests.flows.conftest import make_project
 from tests.tasks.registry import new_repository
 
 if TYPE_CHECKING:
+    from tests.tasks.hub import Hub
     from tests.tasks.letters import Run
 
 
@@ -81,3 +83,12 @@ def score(tmp_path: Path, include: Path, zoo) -> "Run":  # noqa: ANN001
     from tests.tasks.letters import stage
 
     return stage(tmp_path, include, zoo)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Hub]":
+    """A hub with the model `org/model`, reached through HF_ENDPOINT."""
+    from tests.tasks.hub import serving
+
+    with serving(monkeypatch) as state:
+        yield state
