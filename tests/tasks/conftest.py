@@ -70,6 +70,24 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa
 
 
 @pytest.fixture
+def run(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished run, for reading, and the working directory in it."""
+    monkeypatch.chdir(finished_run)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return finished_run
+
+
+@pytest.fixture
+def mine(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, to spoil, and the working directory in it."""
+    copy = shutil.copytree(finished_run, tmp_path / "project", symlinks=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "cache"))
+    return copy
+
+
+@pytest.fixture
 def include(tmp_path: Path) -> Path:
     """A folder with one task, `letters`."""
     from tests.tasks.letters import write_task  # imports lm-eval, which not every test needs
