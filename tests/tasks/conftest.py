@@ -110,3 +110,21 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Hub]":
 
     with serving(monkeypatch) as state:
         yield state
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two experts of several shards."""
+    from tests.tasks.sharded import write_models
+
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def here(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this process makes of them alone."""
+    from tests.tasks.sharded import merge
+
+    out = tmp_path_factory.mktemp("here") / "out"
+    merge(models, out, None)
+    return out
