@@ -17,6 +17,7 @@ from tests.tasks.registry import new_repository
 if TYPE_CHECKING:
     from tests.tasks.hub import Hub
     from tests.tasks.letters import Run
+    from tests.tasks.stages import Project
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +86,17 @@ def mine(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "cache"))
     return copy
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> "Project":
+    """All that comes before a registration, and the working directory beside it."""
+    from tests.tasks.stages import new_project
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(database, "mlflow.db")
+    return new_project()
 
 
 @pytest.fixture
