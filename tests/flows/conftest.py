@@ -138,6 +138,30 @@ def project(tmp_path: Path, zoo, monkeypatch: pytest.MonkeyPatch) -> Path:  # no
     return folder
 
 
+@pytest.fixture(scope="module")
+def prefect() -> Iterator[None]:
+    """A Prefect server on a loopback port, for all tests of a file."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(180), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> None:
+    """A champion, version 1, and a challenger, version 2, that is right more often."""
+    from tests.flows.promoting import call
+    from tests.tasks.registry import add_version, new_repository
+
+    monkeypatch.chdir(tmp_path)
+    new_repository(tmp_path, database)
+    Path("params.yaml").write_text(PARAMS.format(base="base") + EASY)
+    add_version("one", {"red": 20, "blue": 20})
+    assert call("promote").exit_code == 0
+    add_version("two", {"red": 36, "blue": 36})
+
+
 @pytest.fixture
 def closed() -> str:
     """An address where nobody listens."""
