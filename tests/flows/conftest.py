@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = ("poemerge", "tasks", "flows", "dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore")
 TASKS = ("red", "blue")
+METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe")
 MANY = ("task_arithmetic", "dare_ties", "gaussian_poe", "cauchy_poe")  # candidates beyond two
 
 PARAMS = """\
