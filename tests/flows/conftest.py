@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = ("poemerge", "tasks", "flows", "dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore")
 TASKS = ("red", "blue")
+METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe")
 MANY = ("task_arithmetic", "dare_ties", "gaussian_poe", "cauchy_poe")  # candidates beyond two
 
 PARAMS = """\
@@ -134,3 +137,42 @@ def project(tmp_path: Path, zoo, monkeypatch: pytest.MonkeyPatch) -> Path:  # no
     folder = make_project(tmp_path / "project", zoo)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def prefect() -> Iterator[None]:
+    """A Prefect server on a loopback port, for all tests of a file."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(180), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> None:
+    """A champion, version 1, and a challenger, version 2, that is right more often."""
+    from tests.flows.promoting import call
+    from tests.tasks.registry import add_version, new_repository
+
+    monkeypatch.chdir(tmp_path)
+    new_repository(tmp_path, database)
+    Path("params.yaml").write_text(PARAMS.format(base="base") + EASY)
+    add_version("one", {"red": 20, "blue": 20})
+    assert call("promote").exit_code == 0
+    add_version("two", {"red": 36, "blue": 36})
+
+
+@pytest.fixture
+def closed() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """An address that accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"

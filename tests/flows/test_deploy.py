@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
-from mlflow import MlflowClient, environment_variables
-from prefect import settings
+from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -33,31 +30,17 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelling
-from ruamel.yaml import YAML
 
-from flows.cli import QUIET, main
+from flows.cli import main
 from flows.deploy import Deployment
 from flows.doctor.services import prefect
 from flows.local import server
 from tests.flows.conftest import make_project
+from tests.flows.deployments import EVERY_NIGHT, LABEL, PATIENCE, SECRET, engines, until
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0  # seconds; a busy machine takes its time
-SECRET = "a-secret-of-the-tests"
 EVERY_MINUTE = '\nschedule: {cron: "* * * * *", timezone: UTC, timeout: 600}\n'
-EVERY_NIGHT = '\nschedule: {cron: "0 3 * * *", timezone: UTC, timeout: 600}\n'
-LABEL = "poemerge/scheduled"
-
-
-def until(found: Callable[[], Any], what: str) -> Any:
-    """Look until there is something."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if value := found():
-            return value
-        time.sleep(0.5)
-    raise AssertionError(f"no {what} in {PATIENCE:.0f} s")
 
 
 @dataclass
@@ -217,34 +200,6 @@ def test_the_page_shows_these_commands(running: Running) -> None:
     assert sorted(line.replace("4200", str(port)) for line in shown) == sorted(run)
 
 
-def test_the_units_of_the_page_are_whole(tmp_path: Path) -> None:
-    """systemd itself reads them, where it is installed; Prefect knows every variable."""
-    page = (ROOT / "docs/schedule.md").read_text()
-    blocks = re.findall(r"```ini\n(.*?)```", page, re.DOTALL)
-    names = re.findall(r"`/etc/(systemd/system/[\w-]+\.service|[\w-]+\.env)`", page)
-    assert len(blocks) == len(names) == 4
-    for name, block in zip(names, blocks, strict=True):
-        if name.endswith(".env"):
-            keys = [line.partition("=")[0] for line in block.splitlines()]
-            assert all(hasattr(settings, key) for key in keys if key.startswith("PREFECT_"))
-            assert all(is_known(key) for key in keys if key.startswith("MLFLOW_"))
-            continue
-        unit = tmp_path / Path(name).name
-        unit.write_text(
-            re.sub(r"^ExecStart=\S+", f"ExecStart={sys.executable}", block, flags=re.MULTILINE)
-        )
-        if program := shutil.which("systemd-analyze"):
-            command = [program, "verify", str(unit)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
-def is_known(key: str) -> bool:
-    """True for a variable that MLflow reads."""
-    found = getattr(environment_variables, key, None)
-    return found is not None and found.name == key
-
-
 def test_a_server_that_runs_is_found(running: Running) -> None:
     with server() as process:
         assert process is None
@@ -329,88 +284,3 @@ def test_ctrl_c_leaves_nothing_running(running: Running, fired: FlowRun) -> None
 
 def ui() -> str:
     return str(PREFECT_API_URL.value()).removesuffix("/api")
-
-
-class TestWithoutServer:
-    @staticmethod
-    def refusal(*arguments: str) -> str:
-        refused = CliRunner().invoke(main, ["deploy", *arguments], catch_exceptions=False)
-        assert refused.exit_code == 1
-        (line,) = refused.stderr.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    @staticmethod
-    def project(folder: Path, monkeypatch: pytest.MonkeyPatch, **schedule: str) -> None:
-        monkeypatch.chdir(folder)
-        (folder / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
-        tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
-        tree["schedule"].update(schedule)
-        YAML().dump(tree, folder / "params.yaml")
-
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("cron", "61 * * * *"),
-            ("cron", "at noon"),
-            ("cron", "0 0 31 2 *"),
-            ("timezone", "Mars/Olympus"),
-        ],
-    )
-    def test_a_bad_schedule_is_one_sentence(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str
-    ) -> None:
-        self.project(tmp_path, monkeypatch, **{key: value})
-        assert f"params.yaml: schedule.{key} is '{value}'" in self.refusal("--local")
-
-    def test_a_missing_schedule_is_one_sentence(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.project(tmp_path, monkeypatch)
-        params = tmp_path / "params.yaml"
-        params.write_text(params.read_text().partition("schedule:")[0])
-        assert "has no section `schedule`" in self.refusal()
-
-    @pytest.mark.parametrize("text", ["deployments: []", "name: x", "deployments: [{name: a}]"])
-    def test_a_template_of_no_use_is_one_sentence(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-    ) -> None:
-        self.project(tmp_path, monkeypatch)
-        (tmp_path / "prefect.yaml").write_text(text)
-        assert "prefect.yaml must begin `deployments` with" in self.refusal()
-
-    def test_a_server_must_be_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.project(tmp_path, monkeypatch)
-        with temporary_settings(restore_defaults={PREFECT_API_URL}):
-            assert "set PREFECT_API_URL, or use --local" in self.refusal()
-
-    def test_a_server_that_is_away_is_one_sentence(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.project(tmp_path, monkeypatch)
-        port = free_port()
-        with temporary_settings({PREFECT_API_URL: f"http://me:{SECRET}@127.0.0.1:{port}/api"}):
-            said = self.refusal()
-        assert f"Prefect at http://127.0.0.1:{port}/api cannot be reached" in said
-        assert SECRET not in said
-
-    def test_local_means_this_machine(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.project(tmp_path, monkeypatch)
-        with temporary_settings({PREFECT_API_URL: "https://prefect.example.org/api"}):
-            assert "names another machine" in self.refusal("--local")
-
-
-def test_prefect_yaml_agrees_with_the_rest_of_the_house() -> None:
-    safe = YAML(typ="safe", pure=True)
-    (template,) = safe.load(ROOT / "prefect.yaml")["deployments"]
-    schedule = safe.load(ROOT / "params.yaml")["schedule"]
-    assert template["schedules"] == [{key: schedule[key] for key in ("cron", "timezone")}]
-    assert template["work_pool"]["job_variables"]["env"].items() <= QUIET.items()
-
-
-def engines(pid: int) -> list[psutil.Process]:
-    """The processes of flow runs below this one."""
-    below = psutil.Process(pid).children(recursive=True)
-    return [process for process in below if "prefect.engine" in " ".join(process.cmdline())]

@@ -2,46 +2,27 @@
 
 import json
 import os
-import pty
-import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from platform import node
-from typing import Any
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterKey,
-    FlowFilter,
-    FlowFilterName,
-)
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-    temporary_settings,
-)
-from prefect.testing.utilities import prefect_test_harness
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows import artifacts
 from flows.console import console
-from flows.limits import OvertimeError
 from flows.outcome_table import show_outcome
 from flows.pipeline import pipeline, run_stage
 from flows.selection import find_places
 from flows.steps import steps
-from poemerge.errors import CheckpointError, PoemergeError
+from poemerge.errors import PoemergeError
 from poemerge.hashing import hash_files
 from poemerge.lineage import Lineage
 from tasks.evaluate.work import ScoreJob
@@ -49,26 +30,11 @@ from tasks.progress import watched_by
 from tasks.register.leaderboard import Leaderboard
 from tasks.runners.worker import Worker
 from tasks.versions import is_own
-from tests.flows.conftest import TASKS, enter_copy, keep_two_candidates, make_project
+from tests.flows.conftest import METHODS, TASKS, enter_copy, make_project
+from tests.flows.dvc_command import dvc
+from tests.flows.prefect_artifacts import shown
 
-# A task may run code. This one holds the second merge on blue, if it is told to.
-GATE = """
-import time
-from pathlib import Path
-
-def text(doc):
-    if Path("hold").exists() and Path("artifacts/evaluate/merges/average").exists():
-        Path("held").touch()
-        time.sleep(600)
-    return doc["text"]
-"""
-METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "gaussian_poe", "cauchy_poe")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _prefect() -> Iterator[None]:
-    with prefect_test_harness(120), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        yield
+pytestmark = pytest.mark.usefixtures("prefect")
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +53,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, zoo) -> tuple[Path, dict]
 def done(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: ANN001
     """A copy of that project to go on with, and the working directory in it."""
     return enter_copy(finished[0], tmp_path, monkeypatch)
-
-
-def dvc(*arguments: str) -> str:
-    """Run DVC in the working directory, with this Python first on the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", "dvc", *arguments]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={**os.environ, "PATH": path}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_the_first_run_does_everything(finished: tuple[Path, dict]) -> None:
@@ -144,14 +99,6 @@ def test_mlflow_holds_the_best(finished: tuple[Path, dict], monkeypatch) -> None
     own = {name: content for name, content in hash_files(copy).items() if is_own(name)}
     assert own == hash_files(Path(outcome["merges"][entry["candidate"]]))
     assert (copy / "MLmodel").is_file()  # by which MLflow loads it
-
-
-def shown(key: str, within: str = "") -> list[Any]:
-    """What Prefect keeps of the artifacts of that key, with some text in them."""
-    by_key = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
-    with get_client(sync_client=True) as client:  # Artifact.get leaves its socket open
-        found = client.read_artifacts(artifact_filter=by_key)
-    return [artifact.data for artifact in found if within in str(artifact.data)]
 
 
 def test_prefect_says_where_the_page_is(finished: tuple[Path, dict]) -> None:
@@ -259,19 +206,6 @@ def test_nothing_is_done_twice_and_dvc_agrees(done: Path) -> None:
     assert "Data and pipelines are up to date" in dvc("repro")
 
 
-def test_repro_alone_writes_the_same_lock(project: Path) -> None:
-    keep_two_candidates(project)  # every stage is a process, which takes seconds to start
-    assert len(pipeline()["made"]) == 13
-    lock = (project / "dvc.lock").read_bytes()
-    shutil.rmtree(project / "artifacts")
-    shutil.rmtree(project / ".dvc/cache")
-    for name in ("dvc.lock", "mlflow.db"):
-        (project / name).unlink()
-    dvc("repro")
-    assert (project / "dvc.lock").read_bytes() == lock
-    assert pipeline()["made"] == []
-
-
 def test_one_number_changes_one_merge(done: Path) -> None:
     params = done / "params.yaml"
     params.write_text(params.read_text().replace("keep: 0.5", "keep: 0.25"))
@@ -343,93 +277,6 @@ def test_a_refusal_leaves_no_output(done: Path) -> None:
         pipeline()
     assert "adapter_model.safetensors" in str(caught.value)
     assert not list(done.glob("artifacts/**/*.partial"))
-
-
-def test_the_command_runs_with_nothing_started(project: Path) -> None:
-    command = [sys.executable, "-m", "flows.cli", "run"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    environment |= {"PREFECT_HOME": str(project / "prefect-home"), "COLUMNS": "160"}
-    ran = subprocess.run(
-        command, cwd=project, check=False, capture_output=True, text=True, env=environment
-    )
-    assert ran.returncode == 0, ran.stderr
-    for word in (*METHODS, *TASKS, "norm", "mlflow ui", "artifacts/report/index.html"):
-        assert word in ran.stdout
-    refused = subprocess.run(
-        [*command, "--set", "merge.methods.ties.kep=1"],
-        check=False, cwd=project, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: params.yaml")
-    assert "Traceback" not in refused.stderr
-
-
-def stop(folder: Path, blow: signal.Signals, seen: bytes) -> tuple[int, str]:
-    """Run the command on a terminal, and stop it where the gate holds it and so much is seen."""
-    environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
-    environment |= {"TERM": "xterm", "COLUMNS": "160"}
-    ours, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run"],
-        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=terminal,
-    )  # fmt: skip
-    os.close(terminal)
-    said, deadline = bytearray(), time.monotonic() + 300
-
-    def read() -> None:
-        with os.fdopen(ours, "rb", buffering=0) as screen, suppress(OSError):  # its end
-            while chunk := screen.read(4096):
-                said.extend(chunk)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    while not ((folder / "held").exists() and seen in said):
-        assert process.poll() is None, said.decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(blow)
-    (folder / "held").unlink()
-    code = process.wait(300)
-    reader.join()
-    return code, said.decode()
-
-
-def test_what_was_stopped_is_gone_on_with(project: Path) -> None:
-    """By Ctrl-C, by SIGTERM and by its own limit, while the second of two is evaluated."""
-    keep_two_candidates(project)
-    (project / "data/tasks/gate.py").write_text(GATE)
-    blue = project / "data/tasks/blue.yaml"
-    blue.write_text(blue.read_text().replace('"{{text}}"', "!function gate.text"))
-    (project / "hold").touch()
-    for blow, seen in ((signal.SIGINT, b"12/24"), (signal.SIGTERM, b"")):  # items, on a bar
-        code, said = stop(project, blow, seen)
-        assert code == 3
-        assert said.rstrip().endswith("interrupted: run the same command again to go on.")
-        assert not list(project.rglob("*.partial"))
-    params = (project / "params.yaml").read_text()
-    limited = params + "schedule: {cron: 0 3 * * *, timezone: UTC, timeout: 3}\n"
-    (project / "params.yaml").write_text(limited)
-    state = pipeline(return_state=True)
-    assert state.name == "TimedOut"
-    with pytest.raises(OvertimeError, match=r"stopped after schedule.timeout \(3 s\); run again"):
-        state.result()
-    (project / "hold").unlink()
-    (project / "params.yaml").write_text(params)
-    assert pipeline()["made"] == ["evaluate ties", "register", "report"]
-    lock = (project / "dvc.lock").read_bytes()
-
-    for folder in ("artifacts", ".dvc/cache"):
-        shutil.rmtree(project / folder)
-    (project / "dvc.lock").unlink()
-    assert len(pipeline()["made"]) == 13
-    assert (project / "dvc.lock").read_bytes() == lock
-
-
-def test_bad_weights_end_in_one_sentence(project: Path) -> None:
-    expert = project / "data/experts/blue/adapter_model.safetensors"
-    expert.write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError):
-        pipeline()
 
 
 def test_lineage_of_what_is_registered(done: Path) -> None:

@@ -9,111 +9,28 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from mlflow import MlflowClient
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-    temporary_settings,
-)
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.cli import main
-from flows.overrides import save_values
 from flows.params import load
 from flows.sweep import sweep
-from flows.sweep_table import snippet
 from poemerge.alone import LOCK
 from poemerge.errors import SettingError
 from poemerge.hashing import digest
-from poemerge.merge import merge_checkpoints
-from tasks.evaluate import evaluate
 from tasks.paired import Outcomes, difference
-from tasks.tracking import connected
-from tests.flows.conftest import ROOT, TASKS, make_project
+from tests.flows.conftest import ROOT, TASKS
+from tests.flows.planted import ITEMS, SWEEP, board_of, plant, runs, stop, write
 
-ITEMS = 40
-SWEEP = """
-sweep: # no stage
-  sampler: grid
-  trials: 6 # at most
-  prune: true
-  seed: 0
-  storage: .poemerge/sweep/optuna.db
-  space:
-    task_arithmetic: {strength: [0.45, 0.5, 0.55, 9.0]}
-    half: {method: average, strength: [1.0, 0.9]}
-"""
-# A task may run code. This one holds the second candidate on blue, if it is told to.
-GATE = """
-import time
-from pathlib import Path
-
-def text(doc):
-    scores = [p for p in Path(".poemerge/sweep/scores").glob("*") if p.suffix != ".partial"]
-    if Path("hold").exists() and len(scores) > 1:
-        Path("held").touch()
-        time.sleep(600)
-    return doc["text"]
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _prefect() -> Iterator[None]:
-    with prefect_test_harness(120), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        yield
+pytestmark = pytest.mark.usefixtures("prefect")
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory, zoo) -> Path:  # noqa: ANN001
     """A project in which strength 0.5 is right on every item; nothing has been run in it."""
-    folder = make_project(tmp_path_factory.mktemp("sweep") / "project", zoo)
-    params = (folder / "params.yaml").read_text().replace("limit: 6", f"limit: {ITEMS}") + SWEEP
-    (folder / "params.yaml").write_text(params)
-    (folder / "data/tasks/gate.py").write_text(GATE)
-    merged = folder.parent / "planted"
-    experts = {task: folder / "data/experts" / task for task in TASKS}
-    merge_checkpoints(folder / "data/base", experts, merged, "task_arithmetic", "cpu", strength=0.5)
-    path = folder / "data/tasks/blue.yaml"
-    path.write_text(path.read_text().replace('"{{text}}"', "!function gate.text"))
-    for task in TASKS:
-        for split in ("validation", "test"):
-            write(folder, task, split, ["a"] * ITEMS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        with connected():  # a database that is made once is made once
-            said = outcomes_of(folder, merged)
-    for task, cells in said.items():
-        for split, cell in cells.items():
-            write(folder, task, split, ["a" if right else "b" for right in cell["outcomes"]])
-    return folder
-
-
-def write(folder: Path, task: str, split: str, answers: list[str]) -> None:
-    rows = [{"text": f"{task} {split} {i}: ", "answer": answer} for i, answer in enumerate(answers)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "data/tasks" / task / f"{split}.jsonl").write_text(text)
-
-
-def outcomes_of(folder: Path, merged: Path) -> dict[str, Any]:
-    """What the evaluate stage finds of a merge, item by item."""
-    out = folder.parent / "scored"
-    how = {"limit": None, "batch_size": 4, "dtype": "float32", "device": "cpu", "seed": 0}
-    splits = {"splits": ["validation", "test"], "validation": "validation"}
-    include = folder / "data/tasks"
-    evaluate.fn(
-        "it", "merge", folder / "data/base", merged, out, tasks=TASKS, include=include,
-        trust=[include], **how, **splits,
-    )  # fmt: skip
-    return json.loads((out / "items.json").read_text())
+    return plant(tmp_path_factory.mktemp("sweep") / "project", zoo)
 
 
 @pytest.fixture(scope="module")
@@ -145,24 +62,6 @@ def fresh(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(planted, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-def board_of(folder: Path, outcome: dict) -> dict[str, Any]:
-    return json.loads((folder / outcome["folder"] / "sweep.json").read_text())
-
-
-def runs(folder: Path) -> tuple[list[Any], dict[str, list[Any]]]:
-    """The sweeps' runs, and those below them by their kind."""
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    (place,) = [e.experiment_id for e in client.search_experiments() if e.name == "tests"]
-    parents, below = [], {"trial": [], "winner": []}
-    for run in client.search_runs([place], order_by=["attributes.start_time ASC"]):
-        if "mlflow.parentRunId" in run.data.tags:
-            assert run.data.tags["mlflow.parentRunId"] in {p.info.run_id for p in parents}
-            below[run.data.tags["poemerge.kind"]].append(run)
-        else:
-            parents.append(run)
-    return parents, below
 
 
 def test_the_planted_best_is_found(finished: tuple[Path, dict]) -> None:
@@ -293,24 +192,6 @@ def test_a_merge_that_is_refused_ends_no_sweep(fresh: Path) -> None:
     assert "curvature" in below["trial"][0].data.tags["poemerge.refused"]
 
 
-def stop(folder: Path, blow: signal.Signals) -> tuple[int, str]:
-    """Run the command in a process that is stopped in the midst of the second candidate."""
-    environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "sweep"],
-        cwd=folder, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / "held").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(blow)
-    _, said = process.communicate(timeout=300)
-    (folder / "held").unlink()
-    return process.returncode, said
-
-
 def test_what_was_stopped_is_gone_on_with(
     fresh: Path, finished: tuple[Path, dict], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -355,23 +236,6 @@ def test_the_command_shows_and_saves(done: Path) -> None:
     assert methods["task_arithmetic"] == {"strength": 0.5}
     assert methods["half"] == {"method": "average", "strength": 1.0}
     assert methods["ties"] == {"keep": 0.5}
-
-
-def test_saving_keeps_the_remark_on_an_entry(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(
-        "merge:\n  methods: # candidates\n    ties: {keep: 0.2} # kept\n    other: {}\n"
-    )
-    save_values(path, [(("merge", "methods", "ties"), {"keep": 0.3, "strength": 1.5})])
-    assert path.read_text() == (
-        "merge:\n  methods: # candidates\n"
-        "    ties: {keep: 0.3, strength: 1.5} # kept\n    other: {}\n"
-    )
-
-
-def test_the_snippet_is_what_params_take() -> None:
-    text = snippet({"a.b": {"method": "ties", "keep": 0.3}, "average": {}})
-    assert text == ("merge:\n  methods:\n    a.b: {method: ties, keep: 0.3}\n    average: {}\n")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Figures of the tests here: `--full` tries as often as docs/reliability.md says, and writes it."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,6 +35,20 @@ def long(request: pytest.FixtureRequest) -> None:
     """For what takes minutes: tried with `--full` alone."""
     if not request.config.getoption("--full"):
         pytest.skip("with --full")
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """For what does not take long, unless it hangs."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,11 @@
 """Names that others have written: none leads out of a folder, into one, or through a link."""
 
 import hashlib
-import html
 import json
 import os
 import shutil
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
@@ -22,16 +17,15 @@ from flows.cli import main
 from flows.params import load
 from flows.selection import select
 from flows.turns import turn
-from poemerge.atomic import new_folder, write_json, write_text
+from poemerge.atomic import write_text
 from poemerge.errors import PoemergeError
 from poemerge.lineage import Lineage, Source
 from poemerge.merge import merge_checkpoints
 from tasks import library
-from tasks.dvc_store.reference import Reference, contents
+from tasks.dvc_store.reference import contents
 from tasks.fetch import fetch, identify
-from tasks.report import PAGE, write_report
-from tasks.report.sources import Sources
 from tasks.versions import download
+from tests.reliability.others import artifacts, manifest
 from tests.reliability.trials import Trials
 from tests.tasks.registry import new_repository
 from tests.zoo import Zoo
@@ -110,17 +104,6 @@ def link_where_a_file_is_begun(zoo: Zoo, name: str) -> None:
     Path("told.json").unlink()
 
 
-def manifest(name: str, md5: str) -> Reference:
-    """A list of files in DVC's cache, under its own hash, as somebody with access may put it."""
-    text = json.dumps([{"md5": md5, "relpath": name}])
-    oid = hashlib.md5(text.encode()).hexdigest()
-    with Repo() as repo:
-        path = Path(repo.cache.local.oid_to_path(f"{oid}.dir"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return Reference("a", f"{oid}.dir")
-
-
 def list_in_dvc(zoo: Zoo, name: str) -> None:
     found = manifest(name, hashlib.md5(b"evil").hexdigest())
     with Repo() as repo:
@@ -186,35 +169,6 @@ def names_of_tensors(zoo: Zoo, name: str) -> None:
     merge_checkpoints("base", {name: "expert"}, "out", "average", samples=0)
     files = {path.name for path in Path("out").iterdir()}
     assert files == {"model.safetensors", "merge_report.json", "lineage.json", "README.md"}
-
-
-class Listing(BaseHTTPRequestHandler):
-    """An artifact server that lists one file, wherever it should land."""
-
-    name = ""
-
-    def do_GET(self) -> None:
-        asks = self.path.partition("?")[0].endswith("artifacts")
-        files = [{"path": self.name, "is_dir": False, "file_size": 4}]
-        body = json.dumps({"files": files}).encode() if asks else b"evil"
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def artifacts(name: str) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Named", (Listing,), {"name": name}))
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts/1"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def listing_of_mlflow(zoo: Zoo, name: str) -> None:
@@ -286,55 +240,3 @@ def test_paths(trials: Trials, place: Path, zoo: Zoo) -> None:
                         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(
                             path
                         )
-
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "$\\frac{1}{$",
-    '"><img src=x onerror=alert(1)>',
-    "{{ 7 * 7 }}{% raw %}",
-    "javascript:alert(1)",
-    "</title></style><svg onload=alert(1)>",
-    "&lt;b&gt; ]]> <!--",
-)
-
-
-def test_pages(trials: Trials, tmp_path: Path) -> None:
-    """Hostile names of experts and tensors stay text in the report, whose policy runs no script"""
-    for number in trials(short=2, full=len(HOSTILE)):
-        with trials.trial(number):
-            name, root = HOSTILE[number], tmp_path / str(number)
-            for folder, seed in (("base", 0), ("a", 1), ("b", 2)):
-                torch.manual_seed(seed)
-                (root / folder).mkdir(parents=True)
-                tensors = {f"{name}.{i}.weight": torch.randn(4, 4) for i in range(2)}
-                save_file(tensors, root / folder / "model.safetensors")
-            experts = {name: root / "a", f"{name}2": root / "b"}
-            merge_checkpoints(root / "base", experts, root / "m", "gaussian_poe")
-            sources = Sources.find(root / "m", root / "base", experts)
-            write_report(sources, root / "page", detail=1, side="input", seed=0, device="cpu")
-            page = (root / "page" / PAGE).read_text(encoding="utf-8")
-            policy = html.unescape(page.partition("Policy")[2].partition(">")[0])
-            assert "default-src 'none'" in policy
-            for tag in ("<script>alert", "<img src=x", "<svg", "<!--", "<b>"):
-                assert tag not in page
-
-
-def test_modes(trials: Trials, tmp_path: Path, zoo: Zoo) -> None:
-    """What is written is open to nobody whom the umask keeps out"""
-    masks = (0o077, 0o027, 0o022, 0o002)
-    zoo.base(), zoo.full(1)
-    for number in trials(short=2, full=8):
-        root, mask = tmp_path / str(number), masks[number % len(masks)]
-        root.mkdir()
-        with trials.trial(number):
-            before = os.umask(mask)
-            try:
-                fetch.fn("base", str(zoo.base()), root / "fetched")
-                merge_checkpoints(root / "fetched", {"a": zoo.full(1)}, root / "merged", "average")
-                with new_folder(root / "folder") as folder:
-                    write_json(folder / "told.json", {})
-            finally:
-                os.umask(before)
-            for path in root.rglob("*"):
-                assert not stat.S_IMODE(path.stat().st_mode) & (mask | stat.S_IWOTH), path

@@ -23,7 +23,7 @@ from flows.deploy import Deployment
 from flows.local import worker
 from flows.places import PLAIN
 from tests.flows.conftest import keep_two_candidates, make_project
-from tests.flows.test_deploy import EVERY_NIGHT, LABEL, PATIENCE, engines, until
+from tests.flows.deployments import EVERY_NIGHT, LABEL, PATIENCE, engines, until
 from tests.reliability.trials import Trials
 
 ENDS = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)

@@ -1,4 +1,4 @@
-"""Folders as the stages before registration leave them; every file is tiny, every record real."""
+"""Folders as the stages before registration leave them, all tiny and real; and what it leaves."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
+from mlflow import MlflowClient
 
 from poemerge.atomic import write_json
 from poemerge.lineage import Lineage, Source, produce
@@ -86,3 +87,17 @@ def new_project() -> Project:
     made.evaluate_merge("average", 0.4)
     made.evaluate_merge("cauchy", 0.6)
     return made
+
+
+def client() -> MlflowClient:
+    local = f"sqlite:///{Path('mlflow.db').resolve()}"
+    return MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", local))
+
+
+def runs() -> list[Any]:
+    place = client().get_experiment_by_name("tests").experiment_id
+    return list(client().search_runs([place], order_by=["attributes.start_time ASC"]))
+
+
+def version(alias: str) -> Any:
+    return client().get_model_version_by_alias("tiny-merged", alias)

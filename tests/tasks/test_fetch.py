@@ -1,81 +1,19 @@
-"""fetch from this machine: folders, adapters, pickles, packages, and what is refused."""
+"""fetch from this machine: folders, adapters, packages, links, and what is refused."""
 
 import json
-import os
-import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from prefect.states import Completed, Failed
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
 
-from poemerge.checkpoint import Checkpoint
-from poemerge.errors import PoemergeError, SourceError
+from poemerge.errors import SourceError
 from poemerge.hashing import digest, hash_files
 from poemerge.lineage import Lineage
 from tasks.fetch import OfflineError, UnreachableError, fetch, is_network_fault, resolve_local
-
-
-def tiny(folder: Path, *, tied: bool = False, shard: str = "50MB") -> LlamaForCausalLM:
-    """A real Llama, 2 layers, 32 wide, saved at `folder`."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size=shard)
-    (folder / "tokenizer.json").write_text("{}")
-    return model
-
-
-def pickled(folder: Path, *, tied: bool = False) -> LlamaForCausalLM:
-    """The same as one pytorch_model.bin."""
-    model = tiny(folder, tied=tied)
-    (folder / "model.safetensors").unlink()
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    return model
-
-
-def sharded_pickle(folder: Path) -> LlamaForCausalLM:
-    """The same as two shards and an index."""
-    model = pickled(folder)
-    (folder / "pytorch_model.bin").unlink()
-    names = sorted(model.state_dict())
-    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
-    for file, held in shards.items():
-        torch.save({name: model.state_dict()[name] for name in held}, folder / file)
-    weight_map = {name: file for file, held in shards.items() for name in held}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    return model
-
-
-def assert_loads_as(folder: Path, model: LlamaForCausalLM) -> None:
-    loaded, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    expected = model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
-
-
-def refusal(source: Path | str, tmp_path: Path, **settings: str) -> str:
-    """The one sentence that refuses `source`; nothing is left behind."""
-    out = tmp_path / "refused"
-    with pytest.raises(PoemergeError) as caught:
-        fetch.fn("base", str(source), out, **settings)
-    assert not list(tmp_path.glob("refused*"))
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith((".", ").", "'."))
-    return str(caught.value)
+from tests.tasks.local_sources import assert_loads_as, pickled, refusal, tiny
 
 
 @pytest.mark.parametrize("shard", ["50MB", "20KB"])
@@ -131,105 +69,6 @@ def test_copies_an_adapter(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-
-
-def test_converts_an_adapter_pickle(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    state = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.zeros(3, 2)}
-    torch.save(state, tmp_path / "in/adapter_model.bin")
-    (tmp_path / "in/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
-    fetch.fn("sums", str(tmp_path / "in"), tmp_path / "out")
-    made = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert made.keys() == state.keys()
-    assert all(torch.equal(made[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_converts_a_pickle(tmp_path: Path, *, tied: bool) -> None:
-    model = pickled(tmp_path / "in", tied=tied)
-    fetch.fn("base", str(tmp_path / "in"), tmp_path / "out")
-    made = Checkpoint(tmp_path / "out")
-    assert ("lm_head.weight" in made.tensors) is not tied
-    assert_loads_as(tmp_path / "out", model)
-    assert not list((tmp_path / "out").glob("*.bin"))
-
-
-def test_converts_a_sharded_pickle(tmp_path: Path) -> None:
-    model = sharded_pickle(tmp_path / "in")
-    fetch.fn("base", str(tmp_path / "in"), tmp_path / "out")
-    with Checkpoint(tmp_path / "out") as made:
-        assert len(set(made.index.values())) == 2
-    assert_loads_as(tmp_path / "out", model)
-    assert not list((tmp_path / "out").glob("*.bin*"))
-
-
-def test_aliases_that_no_config_ties_become_copies(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    whole = torch.arange(12.0).reshape(3, 4)
-    state = {"a": whole, "b": whole, "half": whole[1:], "turned": whole.T}
-    torch.save(state, tmp_path / "in/pytorch_model.bin")
-    fetch.fn("base", str(tmp_path / "in"), tmp_path / "out")
-    made = load_file(tmp_path / "out/model.safetensors")
-    assert made.keys() == state.keys()
-    assert all(torch.equal(made[name], state[name]) for name in state)
-
-
-def test_reads_the_oldest_pickle_format(tmp_path: Path) -> None:
-    model = pickled(tmp_path / "in")
-    old = {"_use_new_zipfile_serialization": False}
-    torch.save(model.state_dict(), tmp_path / "in/pytorch_model.bin", **old)
-    fetch.fn("base", str(tmp_path / "in"), tmp_path / "out")
-    assert_loads_as(tmp_path / "out", model)
-
-
-def test_prefers_safetensors_to_pickles(tmp_path: Path) -> None:
-    model = tiny(tmp_path / "in")
-    (tmp_path / "in/pytorch_model.bin").write_bytes(b"never read")
-    (tmp_path / "in/pytorch_model.bin.index.json").write_text("never read")
-    fetch.fn("base", str(tmp_path / "in"), tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.bin*"))
-    assert_loads_as(tmp_path / "out", model)
-
-
-class Malice:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("pwned",)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_refuses_a_malicious_pickle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, zipped: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny(tmp_path / "in")
-    (tmp_path / "in/model.safetensors").unlink()
-    if zipped:
-        torch.save({"w": torch.ones(1), "x": Malice()}, tmp_path / "in/pytorch_model.bin")
-    else:
-        (tmp_path / "in/pytorch_model.bin").write_bytes(pickle.dumps(Malice(), protocol=2))
-    assert "pytorch_model.bin was refused" in refusal("in", tmp_path)
-    assert not (tmp_path / "pwned").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ({"w": torch.ones(1), "step": 3}, "step in"),
-        ([torch.ones(1)], "holds no state dict"),
-        ({"w": torch.eye(2).to_sparse()}, "w in"),
-    ],
-)
-def test_refuses_a_pickle_of_other_things(tmp_path: Path, content: object, expected: str) -> None:
-    (tmp_path / "in").mkdir()
-    torch.save(content, tmp_path / "in/pytorch_model.bin")
-    assert expected in refusal(tmp_path / "in", tmp_path)
-
-
-def test_refuses_a_truncated_pickle(tmp_path: Path) -> None:
-    pickled(tmp_path / "in")
-    file = tmp_path / "in/pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:5000])
-    assert "damaged" in refusal(tmp_path / "in", tmp_path)
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])

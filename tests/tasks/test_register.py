@@ -1,3 +1,5 @@
+"""A registration: versions, runs and artifacts in MLflow, and what a fresh process gets of them."""
+
 import json
 import os
 import shutil
@@ -5,41 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 
-from poemerge.errors import SettingError, SourceError
 from poemerge.hashing import digest
 from poemerge.lineage import Source
 from tasks.register.leaderboard import Leaderboard
 from tests.servers import mlflow_server
-from tests.tasks.stages import TASKS, Project, new_project
+from tests.tasks.stages import TASKS, Project, client, runs, version
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> Project:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(database, "mlflow.db")
-    return new_project()
-
-
-def client() -> MlflowClient:
-    local = f"sqlite:///{Path('mlflow.db').resolve()}"
-    return MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", local))
-
-
-def runs() -> list[Any]:
-    place = client().get_experiment_by_name("tests").experiment_id
-    return list(client().search_runs([place], order_by=["attributes.start_time ASC"]))
-
-
-def version(alias: str) -> Any:
-    return client().get_model_version_by_alias("tiny-merged", alias)
 
 
 def test_the_best_becomes_a_version_with_everything_about_it(project: Project) -> None:
@@ -232,84 +209,6 @@ def test_the_same_over_a_server(project: Project, server: str) -> None:
     assert downloaded(first, f"{first}/model.safetensors", challenger) == [
         *("robust weights", "robust weights", "mean weights")
     ]
-
-
-def test_a_dead_server_is_one_sentence(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(SourceError, match=r":9 does not answer \(connection refused\)"):
-        project.register()
-    assert not (project.artifacts / "register").exists()
-
-
-def test_a_failure_leaves_no_output_and_a_failed_run(project: Project) -> None:
-    (project.artifacts / "merge/average/lineage.json").write_text("broken")
-    with pytest.raises(SourceError, match="unreadable"):
-        project.register()
-    assert not (project.artifacts / "register").exists()
-    assert {run.info.status for run in runs() if run.info.run_name == "tiny-merged"} == {"FAILED"}
-
-
-def test_what_broke_off_is_gone_on_with(project: Project) -> None:
-    record = project.artifacts / "merge/average/lineage.json"
-    whole = record.read_text()
-    record.write_text("broken")  # found when the runs of three candidates are complete
-    with pytest.raises(SourceError, match="unreadable"):
-        project.register()
-    before = {run.info.run_id for run in runs()}
-    record.write_text(whole)
-    assert project.register()
-    after = {run.info.run_id: run for run in runs()}
-    assert before < after.keys()
-    names = sorted(run.info.run_name for run in after.values())
-    assert names == ["average", "base", "cauchy", "even", "odd", "tiny-merged"]
-    assert {run.info.status for run in after.values()} == {"FINISHED"}
-
-
-def test_runs_of_a_killed_registration_are_ended_by_the_next(project: Project) -> None:
-    """`kill -9` ends no run; of another model's registration nothing is known, and it stays."""
-    project.register(name="another")
-    project.register()
-    first, *_ = [run for run in runs() if run.info.run_name == "another"]
-    second, *below = [r for r in runs() if r.info.start_time > first.info.end_time]
-    left = [run.info.run_id for run in (first, second, below[0])]
-    for run in left:
-        client().update_run(run, status="RUNNING")
-    shutil.rmtree(project.artifacts / "register")
-    project.register(overrides=["merge.seed=1"])  # so that it is no second try of the same
-    ended = {run.info.run_id: run.info.status for run in runs()}
-    assert [ended[run] for run in left] == ["RUNNING", "KILLED", "KILLED"]
-    assert len(client().search_model_versions("name = 'tiny-merged'")) == 1
-
-
-def test_a_version_that_was_not_registered_to_the_end_is_completed(project: Project) -> None:
-    """The output is current, MLflow's database another one, and the process was killed in it."""
-    project.register()
-    made = version("challenger")
-    client().delete_registered_model_alias("tiny-merged", "challenger")
-    client().delete_model_version_tag("tiny-merged", made.version, "poemerge.evaluation")
-    assert project.register()
-    assert version("challenger").version == made.version
-    assert "poemerge.evaluation" in version("challenger").tags
-    assert not project.register()
-
-
-def test_changed_weights_are_refused(project: Project) -> None:
-    (project.artifacts / "merge/cauchy/model.safetensors").write_text("tampered")
-    with pytest.raises(SourceError, match="not what the merge stage left there; run merge again"):
-        project.register()
-
-
-def test_an_evaluation_of_other_weights_is_refused(project: Project) -> None:
-    project.merge("cauchy", "newer weights", ridge=0.7)
-    with pytest.raises(SourceError, match=r"made from other bytes .* run evaluate again"):
-        project.register()
-
-
-def test_dvc_is_needed_to_point_to_it(project: Project) -> None:
-    shutil.rmtree(".dvc")
-    with pytest.raises(SettingError, match="run `dvc init`"):
-        project.register()
 
 
 def test_importing_the_stage_imports_neither_mlflow_nor_dvc() -> None:

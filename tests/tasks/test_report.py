@@ -1,6 +1,5 @@
-"""What a report says is what the folders hold, and it is made once."""
+"""What the report of a run says is what the folders hold, and it is made once."""
 
-import json
 import logging
 import os
 import shutil
@@ -16,24 +15,18 @@ from mlflow import MlflowClient
 from scipy import stats
 
 from poemerge.errors import SettingError, SourceError
-from poemerge.merge import merge_checkpoints
-from poemerge.report import MergeReport
-from tasks.paired import Interval
 from tasks.report import known_details, write_report
 from tasks.report.diagnostics import Detail, Look
-from tasks.report.figures.scores import heatmap
-from tasks.report.figures.style import LIGHT, png
-from tasks.report.layers import Place, natural, places
 from tasks.report.logged import log
-from tasks.report.numbers import Candidate, Numbers, gather
+from tasks.report.numbers import Numbers, gather
 from tasks.report.page import Column, Section, Summary, Table, draw, render
 from tasks.report.sections import sections, tails
 from tasks.report.sections.scores import summary
 from tasks.report.sources import Sources
 from tests.flows.conftest import TASKS
+from tests.tasks.reports import HOW, read
 
 ROOT = Path(__file__).parents[2]
-HOW: dict[str, Any] = {"detail": 2, "side": "output", "seed": 0, "device": "cpu"}
 
 
 @pytest.fixture
@@ -48,58 +41,6 @@ def run(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="module")
 def numbers(finished_run: Path) -> Numbers:
     return gather(Sources.find(finished_run / "artifacts", None, {}), seed=0)
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-class TestLayers:
-    def test_a_decoder(self) -> None:
-        names = [
-            "model.embed_tokens.weight",
-            *(f"model.layers.{i}.mlp.up_proj.weight" for i in (10, 2)),
-            "model.layers.2.self_attn.q_proj.weight",
-        ]
-        assert list(places(names).items()) == [
-            ("model.layers.2.self_attn.q_proj.weight", Place("q", 2)),
-            ("model.layers.2.mlp.up_proj.weight", Place("up", 2)),
-            ("model.layers.10.mlp.up_proj.weight", Place("up", 10)),
-        ]
-
-    def test_modules_of_one_name_are_told_apart(self) -> None:
-        names = [f"{s}.block.0.layer.0.SelfAttention.q.weight" for s in ("encoder", "decoder")]
-        assert [place.module for place in places(names).values()] == [
-            "decoder.block.layer.0.SelfAttention.q",
-            "encoder.block.layer.0.SelfAttention.q",
-        ]
-
-    def test_a_plain_stack(self) -> None:
-        assert places(["0.weight", "2.weight", "bias"]) == {
-            "0.weight": Place("weight", 0),
-            "2.weight": Place("weight", 2),
-        }
-
-    def test_the_experts_of_a_mixture_are_one_kind(self) -> None:
-        """A panel for each would be hundreds, which took minutes to draw."""
-        names = [
-            f"model.layers.{layer}.mlp.experts.{expert}.{module}_proj.weight"
-            for layer in range(2)
-            for expert in range(64)
-            for module in ("up", "down")
-        ]
-        assert set(places(names).values()) == {
-            Place(module, layer) for module in ("up", "down") for layer in range(2)
-        }
-        few = [name for name in names if ".experts.0." in name or ".experts.1." in name]
-        assert len({place.module for place in places(few).values()}) == 4
-
-    def test_what_is_still_many_kinds_is_one(self) -> None:
-        names = [f"layers.0.block{index}.weight" for index in range(100)]
-        assert set(places(names).values()) == {Place("all", 0)}
-
-    def test_numbers_in_names_count(self) -> None:
-        assert sorted(["a.10.b", "a.9.b"], key=natural) == ["a.9.b", "a.10.b"]
 
 
 class TestNumbers:
@@ -260,39 +201,6 @@ class TestDiagnostics:
         assert known_details(run / "report") == {}
 
 
-class TestOneModel:
-    @pytest.fixture
-    def made(self, zoo, tmp_path: Path) -> tuple[Path, MergeReport]:  # noqa: ANN001
-        experts = {"a": zoo.adapter(1), "b": zoo.adapter(2)}
-        return tmp_path / "merged", merge_checkpoints(zoo.base(), experts, tmp_path / "merged")
-
-    def test_alone_it_has_what_its_report_says(self, made: tuple[Path, MergeReport]) -> None:
-        folder, report = made
-        sources = Sources.find(folder, None, {})
-        out = sources.default_out(folder)
-        assert out.parent == folder.parent
-        assert write_report(sources, out, **HOW)
-        found = read(out / "report.json")
-        assert found["best"] == "merged"
-        assert found["merges"]["merged"]["rules"] == report.rules
-        assert found["details"] == {}
-        assert "merged: 2 experts merged" in (out / "index.html").read_text(encoding="utf-8")
-
-    def test_with_its_sources_it_has_more(self, made: tuple[Path, MergeReport], zoo) -> None:  # noqa: ANN001
-        folder, _ = made
-        experts = {"a": zoo.adapter(1), "b": zoo.adapter(2)}
-        out = folder.with_name("out")
-        write_report(Sources.find(folder, zoo.base(), experts), out, **HOW)
-        found = read(out / "report.json")
-        assert list(found["statistics"]["experts"]) == ["a", "b"]
-        assert list(found["details"]) == ["merged"]
-        assert (out / "cosines.png").is_file()
-
-    def test_other_experts_are_refused(self, made: tuple[Path, MergeReport], zoo) -> None:  # noqa: ANN001
-        with pytest.raises(SettingError, match="'b' is none of the experts"):
-            Sources.find(made[0], zoo.base(), {"a": zoo.adapter(1), "b": zoo.adapter(3)})
-
-
 class TestRefusals:
     def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
         with pytest.raises(SettingError, match="give the folder of a run"):
@@ -333,17 +241,6 @@ def test_it_is_logged_beside_its_leaderboard_once(run: Path) -> None:
     client.set_tag(parent.info.run_id, "poemerge.report", "another")
     assert log(run / "report", run / "register", "tests")
     assert not log(run / "report", run / "register", "no such experiment")
-
-
-def test_scores_that_are_all_those_of_the_experts_can_be_drawn() -> None:
-    half = Interval(0.5, 0.5, 0.5)
-    rows = [
-        Candidate(*who, {"red": 0.5}, half, 1.0, None)
-        for who in (("ties", "merge"), ("red", "expert"))
-    ]
-    figure = heatmap(Numbers("alike", ("red",), 2, tuple(rows), "ties", {}, {}), LIGHT)
-    assert png(figure).startswith(b"\x89PNG")
-    assert {text.get_text() for text in figure.axes[0].texts} == {"50"}
 
 
 def test_importing_the_stage_imports_nothing_heavy() -> None:
