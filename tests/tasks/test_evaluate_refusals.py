@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 
 from poemerge.errors import CheckpointError, PoemergeError, SettingError, SourceError
 from tasks.evaluate import lm_tasks
@@ -36,13 +35,26 @@ def test_wrong_settings_are_refused(
 
 @pytest.fixture
 def built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the tasks of lm-eval, whose own index takes 8 s."""
+    """A folder that stands for the tasks of lm-eval."""
     lm_tasks.load_task.cache_clear()
+    lm_tasks.built_in.cache_clear()
     folder = write_task(tmp_path / "built-in", "classic")
-    monkeypatch.setattr(
-        lm_tasks, "lm_eval_tasks", lambda: TaskManager(include_path=folder, include_defaults=False)
-    )
+    monkeypatch.setattr(lm_tasks, "BUILT_IN", folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("hellaswag", "hellaswag/hellaswag.yaml"),
+        ("aclue_couplet_prediction", "aclue/aclue_couplet_prediction.yaml"),  # its keys are quoted
+        ("mmlu", None),  # a group
+        ("red", None),  # a word in many
+    ],
+)
+def test_single_tasks_of_lm_eval_are_found(name: str, file: str | None) -> None:
+    lm_tasks.built_in.cache_clear()
+    assert lm_tasks.built_in(name) == (file and lm_tasks.BUILT_IN / file)
 
 
 @pytest.mark.usefixtures("built_in")
