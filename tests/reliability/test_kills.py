@@ -79,8 +79,11 @@ def write_shards(folder: Path, seed: int) -> None:
 
 
 @pytest.mark.usefixtures("long")
-def test_a_killed_first_use(trials: Trials, tmp_path: Path) -> None:
+def test_a_killed_first_use(
+    trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLflow's database, killed while it is made, is made by the next command"""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # asked for: so it is made
     words, seconds = ("lineage", "models:/tiny/1"), 0.0
     for number in trials(short=1, full=50):
         folder = tmp_path / str(number)
