@@ -15,7 +15,9 @@ from poemerge.poe.solver import SMALL
 from poemerge.rules import COPY, FORMULA, MATRIX, TIED, VOCABULARY
 from poemerge.settings import Settings
 
+CUDA_LIBRARIES = 300 << 20  # which a torch that is built for GPUs loads, even to merge on the CPU
 OVERHEAD = 330 << 20  # Python, torch, its threads' buffers, and the files' headers
+OVERHEAD += CUDA_LIBRARIES if torch.version.cuda else 0
 LIMITS = {"cpu": 32 << 20, "cuda": 1 << 30}  # loaded bytes of a batch
 SHARE = 16  # of a GPU's memory that one loaded batch takes at most; solving it takes the rest
 ROOM = {"cpu": 16 << 30, "cuda": 1 << 40}  # for one tensor, the experts together; else one by one

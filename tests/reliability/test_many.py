@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poemerge.checkpoint import Checkpoint
 from poemerge.layout import ADAPTER, SINGLE
+from poemerge.merging.memory import OVERHEAD
 from poemerge.merging.plan import plan_merge
 from tasks.report import PAGE
 from tasks.report.page import MOST_ROWS
@@ -149,7 +150,7 @@ class TestBytes:
                 root = tmp_path / str(number)
                 used = child(CLI, "check", *arguments(root, shards=1 + 5 * number))
                 assert used.seconds < 20
-                assert used.peak < 6e8
+                assert used.peak < OVERHEAD + 2e8
                 assert sum(map(cached, root.rglob("*.safetensors"))) < 3 * 20e9 / 300
 
     def test_who_is_refused_does_not_wait(self, tmp_path: Path, trials: Trials) -> None:
