@@ -78,3 +78,20 @@ def test_nothing_rings_afterwards(seconds: int | None) -> None:
         pass
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_an_alarm_at_the_very_end_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = signal.getsignal(signal.SIGALRM), signal.setitimer
+
+    def late(which: int, seconds: float, again: float = 0) -> tuple[float, float]:
+        if not seconds and not rung:
+            rung.append(True)
+            signal.raise_signal(signal.SIGALRM)
+        return real(which, seconds, again)
+
+    rung: list[bool] = []
+    monkeypatch.setattr(signal, "setitimer", late)
+    with pytest.raises(OvertimeError), at_most(LONG):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) is before
