@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # Hundreds of processes import the same modules; they are compiled once.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo full test lowest reliability lint audit repro docs clean
+.PHONY: demo full test suite lowest reliability lint audit repro docs clean
 
 demo: .venv/base ## the whole pipeline on a real model; minutes, a sample of the test items
 	$(BIN)/poemerge run
@@ -21,7 +21,10 @@ full: .venv/base ## the same on all items
 # order, not those of few tests last: some of these take minutes, and two workers would wait for one.
 SPREAD := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-test: lint ## lint, types, import contracts, all tests
+test: .venv/done ## lint, types, import contracts, all tests
+	@$(MAKE) --no-print-directory --jobs 2 lint suite # lint in the time in which tests wait
+
+suite: .venv/done
 	$(BIN)/pytest $(SPREAD)
 
 lowest: ## all tests with the oldest versions that pyproject.toml allows, in an environment of their own
